@@ -23,10 +23,11 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # stable ABI of torch 2.10
 CUDA_ARCHS = os.environ.get("SPPO_KERNELS_CUDA_ARCHS", "80;90;100").split(";")
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
+_AVX2 = ["-mavx2", "-mfma", "-mf16c", "-ffp-contract=fast"]
 # A file whose name ends so is compiled for that instruction set and chosen at run time.
 ISA_FLAGS = {
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512": [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "_avx2": _AVX2,
 }
 
 
@@ -99,7 +100,7 @@ class BuildNative(build_ext):
 
         cxx = list(self.compiler.compiler_so_cxx or self.compiler.compiler_so)
         flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fopenmp-simd"]
-        flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"]
+        flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
         defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DNDEBUG"]
         if home is not None:
             defines.append("-DSPPO_WITH_CUDA=1")

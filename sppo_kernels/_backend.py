@@ -81,7 +81,8 @@ def _auto(device_type: str, dtype: torch.dtype) -> str:
     return "reference"
 
 
-def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+@torch.compiler.assume_constant_result
+def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
     """The implementation to run for `impl` in "auto", "reference", "triton", "native".
 
     Raises:
@@ -89,10 +90,10 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
         RuntimeError: an explicit choice cannot run; the message says why.
     """
     if impl == "auto":
-        return _auto(device.type, dtype)
+        return _auto(device_type, dtype)
     if impl not in IMPLS:
         raise ValueError(f"impl: expected 'auto' or one of {IMPLS}, got {impl!r}")
-    why = unavailable(impl, device.type, dtype)
+    why = unavailable(impl, device_type, dtype)
     if why is not None:
         raise RuntimeError(f"impl={impl!r} cannot run here: {why}")
     return impl

@@ -1,0 +1,59 @@
+"""The compiled CPU kernels, under the names that every fused backend has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sppo_kernels._ops import op
+
+__all__ = [
+    "empty",
+    "row_logps",
+    "segment_expand",
+    "segment_sum",
+    "sppo_from_logits",
+    "token_logps",
+    "token_logps_backward",
+]
+
+_HUGE_PAGE_BYTES = 8 << 20  # below it, page faults do not show
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """`like.new_empty(shape)`, on huge pages when it is large."""
+    out = like.new_empty(shape, dtype=dtype)
+    if out.numel() * out.element_size() >= _HUGE_PAGE_BYTES:
+        from sppo_kernels import _C
+
+        _C.prefer_huge_pages(out.data_ptr(), out.numel() * out.element_size())
+    return out
+
+
+token_logps = op("native_token_logps")
+token_logps_backward = op("native_token_logps_backward")
+row_logps = op("native_row_logps")
+segment_sum = op("native_segment_sum")
+segment_expand = op("native_segment_expand")
+
+
+def sppo_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    ref_logps: Tensor,
+    win_rate: Tensor,
+    scale: Tensor,
+    eta: float,
+    win_units: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scaled loss [S], logps [S], coefficient of each row [B, T] and log-sum-exp [B, T]."""
+    logp, lse = token_logps(logits, labels, ignore_index)
+    logps = segment_sum(logp.view(-1), cu_seqlens)
+    unit = 1.0 / eta if win_units else 1.0
+    target = (win_rate - 0.5) * (eta * unit)
+    residual = (logps - ref_logps) * unit - target
+    coef = segment_expand(2.0 * unit * scale * residual, cu_seqlens, logp.numel())
+    coef = coef.view_as(labels).masked_fill_(labels == ignore_index, 0.0)
+    return scale * residual.square(), logps, coef, lse

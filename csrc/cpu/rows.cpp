@@ -1,0 +1,244 @@
+// CPU operators on rows of logits and on sequences of rows: sppo_kernels::native_*.
+#include "cpu/rows.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/capability.h"
+
+namespace sppo {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const RowKernels& kernels() {
+#if defined(__x86_64__)
+  switch (cpu_capability()) {
+    case Capability::kAvx512: return row_kernels_avx512;
+    case Capability::kAvx2: return row_kernels_avx2;
+    default: break;
+  }
+#endif
+  return row_kernels_default;
+}
+
+Element element(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Element::kFloat32;
+    case ScalarType::BFloat16: return Element::kBFloat16;
+    case ScalarType::Half: return Element::kFloat16;
+    default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
+  }
+}
+
+int64_t element_size(Element type) { return type == Element::kFloat32 ? 4 : 2; }
+
+// Labels and offsets come as int32 or int64.
+class Integers {
+ public:
+  explicit Integers(const Tensor& t)
+      : data_(t.data_ptr()), wide_(t.scalar_type() == ScalarType::Long) {
+    STD_TORCH_CHECK(wide_ || t.scalar_type() == ScalarType::Int, "expected int32 or int64");
+    STD_TORCH_CHECK(t.is_contiguous(), "expected contiguous integers");
+  }
+  int64_t operator[](int64_t i) const {
+    return wide_ ? static_cast<const int64_t*>(data_)[i] : static_cast<const int32_t*>(data_)[i];
+  }
+
+ private:
+  const void* data_;
+  bool wide_;
+};
+
+// Rows handed to one thread at the least: about 32k elements.
+int64_t row_grain(int64_t vocab) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, vocab));
+}
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// [B, T, V] with unit stride over V; row r is (r / T, r % T).
+struct Rows {
+  explicit Rows(const Tensor& t)
+      : type(element(t)),
+        steps(t.size(1)),
+        count(t.size(0) * t.size(1)),
+        vocab(t.size(2)),
+        data(static_cast<char*>(t.data_ptr())),
+        outer(t.stride(0) * element_size(type)),
+        inner(t.stride(1) * element_size(type)) {
+    STD_TORCH_CHECK(vocab > 0, "expected at least one column");
+    STD_TORCH_CHECK(vocab == 1 || t.stride(2) == 1, "expected unit stride over the vocabulary");
+  }
+  void* operator[](int64_t row) const {
+    return data + (row / steps) * outer + (row % steps) * inner;
+  }
+  Element type;
+  int64_t steps, count, vocab;
+  char* data;
+  int64_t outer, inner;
+};
+
+void zero_row(void* row, const Rows& rows) {
+  std::fill_n(static_cast<char*>(row), rows.vocab * element_size(rows.type), 0);
+}
+
+void nan_row(void* row, const Rows& rows) {
+  for (int64_t i = 0; i < rows.vocab; ++i) {
+    switch (rows.type) {
+      case Element::kFloat32: static_cast<float*>(row)[i] = kNaN; break;
+      case Element::kBFloat16: static_cast<uint16_t*>(row)[i] = 0x7fc0; break;
+      case Element::kFloat16: static_cast<uint16_t*>(row)[i] = 0x7e00; break;
+    }
+  }
+}
+
+Tensor new_float(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, std::vector<int64_t>(shape), ScalarType::Float);
+}
+
+void run_rows(const Rows& z, const Integers& labels, const RowTransform& transform,
+              int64_t ignore_index, bool write_grad, float* logp, float* lse) {
+  const RowKernels& row = kernels();
+  const bool needs_scratch =
+      write_grad || transform.bias != nullptr || transform.scale != 1.0f || transform.cap != 0.0f;
+  torch::stable::parallel_for(0, z.count, row_grain(z.vocab), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(needs_scratch ? z.vocab : 0);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t label = labels[i];
+      if (label == ignore_index) {
+        logp[i] = lse[i] = 0.0f;
+        if (write_grad) zero_row(z[i], z);
+      } else if (label < 0 || label >= z.vocab) {
+        logp[i] = lse[i] = kNaN;
+        if (write_grad) nan_row(z[i], z);
+      } else {
+        const RowResult result =
+            row.logps(z.type, z[i], z.vocab, label, transform, write_grad, scratch.data());
+        logp[i] = result.logp;
+        lse[i] = result.lse;
+      }
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> token_logps(const Tensor& logits, const Tensor& labels,
+                                       int64_t ignore_index) {
+  const Rows z(logits);
+  const Integers label(labels);
+  STD_TORCH_CHECK(labels.numel() == z.count, "labels: expected one for each row of logits");
+  Tensor logp = new_float(logits, {logits.size(0), logits.size(1)});
+  Tensor lse = new_float(logits, {logits.size(0), logits.size(1)});
+  run_rows(z, label, {nullptr, 1.0f, 0.0f}, ignore_index, false,
+           static_cast<float*>(logp.data_ptr()), static_cast<float*>(lse.data_ptr()));
+  return {logp, lse};
+}
+
+void token_logps_backward(const Tensor& grad, const Tensor& logits, const Tensor& labels,
+                          const Tensor& lse, int64_t ignore_index, const Tensor& out) {
+  const Rows z(logits), dz(out);
+  const Integers label(labels);
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.is_contiguous() &&
+                      lse.scalar_type() == ScalarType::Float && lse.is_contiguous(),
+                  "grad, lse: expected contiguous float32");
+  STD_TORCH_CHECK(labels.numel() == z.count && grad.numel() == z.count && lse.numel() == z.count &&
+                      dz.count == z.count && dz.vocab == z.vocab && dz.type == z.type,
+                  "shapes or dtypes of logits, labels, grad, lse and out differ");
+  const float* coef = static_cast<const float*>(grad.data_ptr());
+  const float* norm = static_cast<const float*>(lse.data_ptr());
+  const RowKernels& row = kernels();
+  torch::stable::parallel_for(0, z.count, row_grain(z.vocab), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (label[i] == ignore_index) {
+        zero_row(dz[i], dz);
+      } else if (label[i] < 0 || label[i] >= z.vocab) {
+        nan_row(dz[i], dz);
+      } else {
+        row.backward(z.type, z[i], dz[i], z.vocab, label[i], norm[i], coef[i]);
+      }
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> row_logps(const Tensor& logits, const Tensor& labels,
+                                     std::optional<Tensor> bias, double logit_scale,
+                                     std::optional<double> softcap, int64_t ignore_index,
+                                     bool write_grad) {
+  const Rows z(torch::stable::unsqueeze(logits, 0));
+  const Integers label(labels);
+  STD_TORCH_CHECK(labels.numel() == z.count, "labels: expected one for each row");
+  RowTransform transform{nullptr, static_cast<float>(logit_scale),
+                         static_cast<float>(softcap.value_or(0.0))};
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous() &&
+                        bias->numel() == z.vocab,
+                    "bias: expected contiguous float32 of the vocabulary's size");
+    transform.bias = static_cast<const float*>(bias->data_ptr());
+  }
+  Tensor logp = new_float(logits, {z.count});
+  Tensor lse = new_float(logits, {z.count});
+  run_rows(z, label, transform, ignore_index, write_grad, static_cast<float*>(logp.data_ptr()),
+           static_cast<float*>(lse.data_ptr()));
+  return {logp, lse};
+}
+
+void check_offsets(const Integers& offsets, int64_t sequences, int64_t rows) {
+  STD_TORCH_CHECK(offsets[0] == 0, "cu_seqlens: expected 0 first, got ", offsets[0]);
+  for (int64_t s = 0; s < sequences; ++s) {
+    STD_TORCH_CHECK(offsets[s] <= offsets[s + 1], "cu_seqlens: expected no decrease, got ",
+                    offsets[s], " then ", offsets[s + 1], " at position ", s);
+  }
+  STD_TORCH_CHECK(offsets[sequences] == rows, "cu_seqlens: expected the number of rows, ", rows,
+                  ", last, got ", offsets[sequences]);
+}
+
+Tensor segment_sum(const Tensor& values, const Tensor& cu_seqlens) {
+  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.is_contiguous(),
+                  "values: expected contiguous float32");
+  const Integers offsets(cu_seqlens);
+  const int64_t sequences = cu_seqlens.numel() - 1;
+  check_offsets(offsets, sequences, values.numel());
+  Tensor out = new_float(values, {sequences});
+  const float* x = static_cast<const float*>(values.data_ptr());
+  float* y = static_cast<float*>(out.data_ptr());
+  for (int64_t s = 0; s < sequences; ++s) {
+    double sum = 0;
+    for (int64_t i = offsets[s]; i < offsets[s + 1]; ++i) sum += x[i];
+    y[s] = static_cast<float>(sum);
+  }
+  return out;
+}
+
+Tensor segment_expand(const Tensor& values, const Tensor& cu_seqlens, int64_t rows) {
+  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.is_contiguous(),
+                  "values: expected contiguous float32");
+  const Integers offsets(cu_seqlens);
+  const int64_t sequences = cu_seqlens.numel() - 1;
+  check_offsets(offsets, sequences, rows);
+  Tensor out = new_float(values, {rows});
+  const float* x = static_cast<const float*>(values.data_ptr());
+  float* y = static_cast<float*>(out.data_ptr());
+  for (int64_t s = 0; s < sequences; ++s) std::fill(y + offsets[s], y + offsets[s + 1], x[s]);
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sppo_kernels, CPU, m) {
+  m.impl("native_token_logps", TORCH_BOX(&token_logps));
+  m.impl("native_token_logps_backward", TORCH_BOX(&token_logps_backward));
+  m.impl("native_row_logps", TORCH_BOX(&row_logps));
+  m.impl("native_segment_sum", TORCH_BOX(&segment_sum));
+  m.impl("native_segment_expand", TORCH_BOX(&segment_expand));
+}
+
+}  // namespace
+}  // namespace sppo
