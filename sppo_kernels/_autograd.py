@@ -30,20 +30,20 @@ def _once(name: str) -> None:
 
 def _save_token_logps(ctx, inputs, output) -> None:
     logits, labels, ctx.ignore_index, ctx.inplace, ctx.impl = inputs
-    _, lse = output
+    logp, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, lse)
+    ctx.save_for_backward(logits, labels, logp, lse)
 
 
-def _logits_gradient(ctx, coef, logits, labels, lse):
-    args = (labels, lse, ctx.ignore_index, ctx.impl)
+def _logits_gradient(ctx, coef, logits, labels, logp, lse):
+    args = (labels, logp, lse, ctx.ignore_index, ctx.impl)
     if not ctx.inplace:
         return op("token_logps_backward")(coef, logits, *args)
     if torch.is_grad_enabled():
         raise RuntimeError("inplace_backward: cannot be combined with create_graph=True")
-    # A detached alias: writing to it still counts as a change of `logits` for other readers.
     logits = logits.detach()
+    torch.autograd.graph.increment_version(logits)  # so that other readers of it fail loudly
     op("token_logps_backward_")(coef, logits, *args)
     return logits
 
@@ -51,8 +51,7 @@ def _logits_gradient(ctx, coef, logits, labels, lse):
 def _token_logps_backward(ctx, grad, _lse):
     if grad is None:
         return None, None, None, None, None
-    logits, labels, lse = ctx.saved_tensors
-    return _logits_gradient(ctx, grad, logits, labels, lse), None, None, None, None
+    return _logits_gradient(ctx, grad, *ctx.saved_tensors), None, None, None, None
 
 
 _formula("token_logps", _token_logps_backward, _save_token_logps)
@@ -87,19 +86,19 @@ _formula("segment_expand", _segment_expand_backward, _save_segment_expand)
 def _save_sppo_from_logits(ctx, inputs, output) -> None:
     logits, labels, cu_seqlens = inputs[:3]
     ctx.ignore_index, ctx.inplace, ctx.impl = inputs[8:]
-    _, logps, coef, lse = output
-    ctx.mark_non_differentiable(logps, coef, lse)
+    _, logps, coef, logp, lse = output
+    ctx.mark_non_differentiable(logps, coef, logp, lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, cu_seqlens, coef, lse)
+    ctx.save_for_backward(logits, labels, cu_seqlens, coef, logp, lse)
 
 
 def _sppo_from_logits_backward(ctx, grad, *_):
     none = (None,) * 10
     if grad is None:
         return None, *none
-    logits, labels, cu_seqlens, coef, lse = ctx.saved_tensors
+    logits, labels, cu_seqlens, coef, logp, lse = ctx.saved_tensors
     rows = op("segment_expand")(grad, cu_seqlens, coef.numel(), ctx.impl).view_as(coef)
-    return _logits_gradient(ctx, coef * rows, logits, labels, lse), *none
+    return _logits_gradient(ctx, coef * rows, logits, labels, logp, lse), *none
 
 
 _formula("sppo_from_logits", _sppo_from_logits_backward, _save_sppo_from_logits)

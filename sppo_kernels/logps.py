@@ -93,7 +93,8 @@ def token_logps(
     chosen = resolve(impl, rows.device.type, rows.dtype)
     if chosen == "reference":
         return reference.token_logps(rows, targets, ignore_index).view(labels.shape)
-    logp, _ = op("token_logps")(rows, targets, ignore_index, inplace_backward, chosen)
+    inplace = inplace_backward and not torch.compiler.is_compiling()  # compilers reuse memory
+    logp, _ = op("token_logps")(rows, targets, ignore_index, inplace, chosen)
     return logp.view(labels.shape)
 
 

@@ -119,9 +119,10 @@ def fused_sppo_loss(
     offsets = sequence_offsets(labels.shape, cu_seqlens, rows.device)
     like = offsets.new_empty(offsets.shape[0] - 1, dtype=torch.float32)
     ref, win, scale = _constants(like, ref_logps, win_rate, weights, reduction, units)
-    loss, logps, _, _ = op("sppo_from_logits")(
+    inplace = inplace_backward and not torch.compiler.is_compiling()  # compilers reuse memory
+    loss, logps, *_ = op("sppo_from_logits")(
         rows, targets, offsets, ref, win, scale, _validate.positive("eta", eta),
-        units == "win_rate", ignore_index, inplace_backward, chosen,
+        units == "win_rate", ignore_index, inplace, chosen,
     )  # fmt: skip
     return SPPOOutput(_reduce(loss, reduction), logps.detach())
 

@@ -17,7 +17,7 @@ struct RowTransform {
 
 struct RowResult {
   float logp;  // log softmax(u)[label]
-  float lse;   // log sum exp u
+  double lse;  // log sum exp u; in float its rounding alone would cost p more than eager loses
 };
 
 struct RowKernels {
@@ -25,9 +25,9 @@ struct RowKernels {
   // `scratch` holds at least `vocab` floats. Both modes give the same bits of logp and lse.
   RowResult (*logps)(Element type, void* z, int64_t vocab, int64_t label,
                      const RowTransform& transform, bool write_grad, float* scratch);
-  // out = coef * (softmax(z) - onehot(label)), from the saved log-sum-exp; out may be z.
-  void (*backward)(Element type, const void* z, void* out, int64_t vocab, int64_t label, float lse,
-                   float coef);
+  // out = coef * (softmax(z) - onehot(label)), from the saved result; out may be z.
+  void (*backward)(Element type, const void* z, void* out, int64_t vocab, int64_t label,
+                   RowResult saved, float coef);
 };
 
 extern const RowKernels row_kernels_default;

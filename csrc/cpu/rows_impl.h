@@ -102,8 +102,7 @@ inline double sum_exp(const T* z, int64_t vocab, float m, float* terms) {
 template <class T>
 RowResult finish(double sum, float m, float at_label) {
   const double log_sum = std::log(sum);
-  return {static_cast<float>((static_cast<double>(at_label) - m) - log_sum),
-          static_cast<float>(m + log_sum)};
+  return {static_cast<float>((static_cast<double>(at_label) - m) - log_sum), m + log_sum};
 }
 
 template <class T>
@@ -163,28 +162,29 @@ RowResult row_logps(Element type, void* z, int64_t vocab, int64_t label, const R
 }
 
 template <class T>
-void backward_typed(const void* z_, void* out_, int64_t vocab, int64_t label, float lse,
+void backward_typed(const void* z_, void* out_, int64_t vocab, int64_t label, RowResult saved,
                     float coef) {
   const T* z = static_cast<const T*>(z_);
   T* out = static_cast<T*>(out_);
-  const float at_label = coef * std::expm1(load1(z + label) - lse);  // before out may overwrite z
+  const float high = static_cast<float>(saved.lse);
+  const float low = static_cast<float>(saved.lse - high);
   int64_t i = 0;
   for (; i + 2 * kLanes <= vocab; i += 2 * kLanes) {
-    const VecF e0 = exp(load(z + i) - lse) * coef;
-    const VecF e1 = exp(load(z + i + kLanes) - lse) * coef;
+    const VecF e0 = exp(load(z + i) - high - low) * coef;
+    const VecF e1 = exp(load(z + i + kLanes) - high - low) * coef;
     store(out + i, e0);
     store(out + i + kLanes, e1);
   }
-  for (; i < vocab; ++i) store1(out + i, exp1(load1(z + i) - lse) * coef);
-  store1(out + label, at_label);
+  for (; i < vocab; ++i) store1(out + i, exp1(load1(z + i) - high - low) * coef);
+  store1(out + label, coef * std::expm1(saved.logp));
 }
 
-void row_backward(Element type, const void* z, void* out, int64_t vocab, int64_t label, float lse,
-                  float coef) {
+void row_backward(Element type, const void* z, void* out, int64_t vocab, int64_t label,
+                  RowResult saved, float coef) {
   switch (type) {
-    case Element::kFloat32: return backward_typed<float>(z, out, vocab, label, lse, coef);
-    case Element::kBFloat16: return backward_typed<BFloat16>(z, out, vocab, label, lse, coef);
-    default: return backward_typed<Float16>(z, out, vocab, label, lse, coef);
+    case Element::kFloat32: return backward_typed<float>(z, out, vocab, label, saved, coef);
+    case Element::kBFloat16: return backward_typed<BFloat16>(z, out, vocab, label, saved, coef);
+    default: return backward_typed<Float16>(z, out, vocab, label, saved, coef);
   }
 }
 

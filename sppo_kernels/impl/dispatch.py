@@ -35,18 +35,18 @@ def token_logps(logits, labels, ignore_index, inplace_backward, impl):
 
 
 @_kernel
-def token_logps_backward(grad, logits, labels, lse, ignore_index, impl):
+def token_logps_backward(grad, logits, labels, logp, lse, ignore_index, impl):
     backend = load(impl)
     out = empty(backend, logits, *logits.shape)
     coef = grad.neg().contiguous()  # d log p / d z = onehot - softmax
-    backend.token_logps_backward(coef, logits, labels, lse, ignore_index, out)
+    backend.token_logps_backward(coef, logits, labels, logp, lse, ignore_index, out)
     return out
 
 
 @_kernel
-def token_logps_backward_(grad, logits, labels, lse, ignore_index, impl):
+def token_logps_backward_(grad, logits, labels, logp, lse, ignore_index, impl):
     coef = grad.neg().contiguous()
-    load(impl).token_logps_backward(coef, logits, labels, lse, ignore_index, logits)
+    load(impl).token_logps_backward(coef, logits, labels, logp, lse, ignore_index, logits)
 
 
 @_kernel

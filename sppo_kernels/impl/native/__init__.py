@@ -47,8 +47,8 @@ def sppo_from_logits(
     eta: float,
     win_units: bool,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scaled loss [S], logps [S], coefficient of each row [B, T] and log-sum-exp [B, T]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Scaled loss [S], logps [S], and [B, T]: coefficient, log p and log-sum-exp of each row."""
     logp, lse = token_logps(logits, labels, ignore_index)
     logps = segment_sum(logp.view(-1), cu_seqlens)
     unit = 1.0 / eta if win_units else 1.0
@@ -56,4 +56,4 @@ def sppo_from_logits(
     residual = (logps - ref_logps) * unit - target
     coef = segment_expand(2.0 * unit * scale * residual, cu_seqlens, logp.numel())
     coef = coef.view_as(labels).masked_fill_(labels == ignore_index, 0.0)
-    return scale * residual.square(), logps, coef, lse
+    return scale * residual.square(), logps, coef, logp, lse
