@@ -1,0 +1,121 @@
+"""Device functions shared by the kernels that sweep a vocabulary.
+
+A row is seen as groups of VEC elements (16 bytes), aligned in memory. It fills the positions
+[lo, hi) of its groups: when a row starts or ends inside a group (EDGES), whole groups are still
+accessed 16 bytes wide, and only the first and last one element by element.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_start(base, stride_b, stride_t, b, t, VEC: tl.constexpr, EDGES: tl.constexpr):
+    """Offset of the group in which row (b, t) starts, and where in it the row starts."""
+    offset = base + b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t
+    start = (offset // VEC) * VEC  # divisible by VEC in the compiler's eyes too
+    lo = 0
+    if EDGES:
+        lo = (offset - start).to(tl.int32)
+    return start, lo
+
+
+@triton.jit
+def positions(first_group, GROUPS: tl.constexpr, VEC: tl.constexpr):
+    """Positions [GROUPS, VEC] of a tile in its row."""
+    groups = first_group + tl.arange(0, GROUPS)
+    return groups[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def whole_groups(first_group, lo, hi, GROUPS: tl.constexpr, VEC: tl.constexpr):
+    """Which groups [GROUPS, 1] of a tile lie inside the row as a whole."""
+    begin = (first_group + tl.arange(0, GROUPS)) * VEC
+    return ((begin >= lo) & (begin + VEC <= hi))[:, None]
+
+
+@triton.jit
+def at_edge(first_group, lo, hi, GROUPS: tl.constexpr, VEC: tl.constexpr):
+    """Whether a tile holds a group that is only partly inside the row."""
+    last = hi // VEC
+    starts = (first_group == 0) & (lo > 0)
+    ends = (hi % VEC != 0) & (last >= first_group) & (last < first_group + GROUPS)
+    return starts | ends
+
+
+@triton.jit
+def load_tile(
+    ptr, first_group, lo, hi, GROUPS: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr
+):
+    """Tile [GROUPS, VEC] in the dtype of memory; -inf outside the row, which is never read."""
+    pos = positions(first_group, GROUPS, VEC)
+    whole = whole_groups(first_group, lo, hi, GROUPS, VEC)
+    tile = tl.load(ptr + pos, mask=whole, other=float("-inf"))
+    if EDGES:
+        if at_edge(first_group, lo, hi, GROUPS, VEC):
+            partly = (pos >= lo) & (pos < hi) & (whole == 0)
+            tile = tl.where(partly, tl.load(ptr + pos, mask=partly, other=float("-inf")), tile)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    ptr, tile, first_group, lo, hi, GROUPS: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr
+):
+    """Store the part of a tile [GROUPS, VEC] that is inside the row; every element once."""
+    pos = positions(first_group, GROUPS, VEC)
+    whole = whole_groups(first_group, lo, hi, GROUPS, VEC)
+    tile = tile.to(ptr.dtype.element_ty)
+    tl.store(ptr + pos, tile, mask=whole)
+    if EDGES:
+        if at_edge(first_group, lo, hi, GROUPS, VEC):
+            partly = (pos >= lo) & (pos < hi) & (whole == 0)
+            tl.store(ptr + pos, tile, mask=partly)
+
+
+@triton.jit
+def finite_max(m):
+    """`m`, or 0 where all is -inf, so that exp(z - m) is 0 and not NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 in fp32: the Taylor series to x^9 within 0.5 of zero (remainder 3e-10)."""
+    series = 1.0 / 362880
+    series = series * x + 1.0 / 40320
+    series = series * x + 1.0 / 5040
+    series = series * x + 1.0 / 720
+    series = series * x + 1.0 / 120
+    series = series * x + 1.0 / 24
+    series = series * x + 1.0 / 6
+    series = series * x + 0.5
+    series = series * x + 1.0
+    return tl.where(tl.abs(x) < 0.5, series * x, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def tanh(x):
+    """tanh in fp32 to a few units in the last place, near zero too."""
+    e = expm1(-2.0 * tl.abs(x))
+    t = -e / (2.0 + e)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def transform(
+    z, bias, scale, cap, inv_cap, BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr
+):
+    """The logit u = softcap(scale * (z + bias)) and its derivative du/dz, in fp32."""
+    u = z.to(tl.float32)
+    slope = tl.full(u.shape, 1.0, tl.float32)
+    if BIAS:
+        u += bias.to(tl.float32)
+    if SCALE:
+        u *= scale
+        slope *= scale
+    if CAP:
+        t = tanh(u * inv_cap)
+        u = cap * t
+        slope *= 1.0 - t * t
+    return u, slope
