@@ -10,6 +10,8 @@ from torch import Tensor
 from sppo_kernels.impl.triton import config
 from sppo_kernels.impl.triton._layout import has_edges, on_device, rows_of, vector_of
 from sppo_kernels.impl.triton._tile import (
+    edge_positions,
+    exp,
     expm1,
     finite_max,
     load_tile,
@@ -17,20 +19,19 @@ from sppo_kernels.impl.triton._tile import (
     row_start,
     store_tile,
     transform,
+    whole_groups,
 )
 
 _RUNTIME = ["base", "stride", "label_stride", "n_cols", "ignore_index", "scale", "cap", "inv_cap"]
 
 
 @triton.jit
-def _load_bias(
-    bias, first_group, lo, hi, GROUPS: tl.constexpr, VEC: tl.constexpr, BIAS: tl.constexpr
-):
+def _logits(z, bias, pos, mask, scale, cap, inv_cap, BIAS: tl.constexpr, SCALE, CAP):
+    """Logits of a tile and du/dz; `pos` are columns, `mask` those inside the row."""
+    bias_tile = 0.0
     if BIAS:
-        pos = positions(first_group, GROUPS, VEC)
-        return tl.load(bias + (pos - lo), mask=(pos >= lo) & (pos < hi), other=0.0)
-    else:
-        return 0.0
+        bias_tile = tl.load(bias + pos, mask=mask, other=0.0)
+    return transform(z, bias_tile, scale, cap, inv_cap, BIAS, SCALE, CAP)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -71,34 +72,46 @@ def row_kernel(
         if WRITE_GRAD:
             zero = tl.zeros((GROUPS, VEC), tl.float32)
             for group in range(0, n_groups, GROUPS):
-                store_tile(z, zero, group, lo, hi, GROUPS, VEC, EDGES)
+                store_tile(z, zero, group, lo, hi, GROUPS, VEC)
+            if EDGES:
+                pos, mask = edge_positions(lo, hi, VEC)
+                tl.store(z + pos, tl.zeros((2, VEC), z.dtype.element_ty), mask=mask)
     else:
         known = (y >= 0) & (y < n_cols)
         # Read before the reduction below, whose barrier comes before any store to the row.
         z_y = tl.load(z + lo + y, mask=known, other=float("nan"))
-        bias_y = 0.0
-        if BIAS:
-            bias_y = tl.load(bias + y, mask=known, other=0.0)
-        u_y, slope_y = transform(z_y, bias_y, scale, cap, inv_cap, BIAS, SCALE, CAP)
+        u_y, slope_y = _logits(z_y, bias, y, known, scale, cap, inv_cap, BIAS, SCALE, CAP)
 
         # An accumulator for each group of a tile: no communication between threads in the loop.
         m = tl.full((GROUPS,), float("-inf"), tl.float32)
         l_sum = tl.zeros((GROUPS,), tl.float32)
-        ahead = load_tile(z, 0, lo, hi, GROUPS, VEC, EDGES)
+        ahead = load_tile(z, 0, lo, hi, GROUPS, VEC)
         for group in range(0, n_groups, GROUPS):
             tile = ahead
-            ahead = load_tile(z, group + GROUPS, lo, hi, GROUPS, VEC, EDGES)
-            bias_tile = _load_bias(bias, group, lo, hi, GROUPS, VEC, BIAS)
-            u, _ = transform(tile, bias_tile, scale, cap, inv_cap, BIAS, SCALE, CAP)
+            ahead = load_tile(z, group + GROUPS, lo, hi, GROUPS, VEC)
+            pos = positions(group, GROUPS, VEC) - lo
+            mask = whole_groups(group, lo, hi, GROUPS, VEC)
+            u, _ = _logits(tile, bias, pos, mask, scale, cap, inv_cap, BIAS, SCALE, CAP)
             if SCALE or CAP:  # neither keeps -inf outside the row
-                pos = positions(group, GROUPS, VEC)
-                u = tl.where((pos >= lo) & (pos < hi), u, float("-inf"))
+                u = tl.where(mask, u, float("-inf"))
             m_new = tl.maximum(m, tl.max(u, axis=1))
             shift = finite_max(m_new)
-            l_sum = l_sum * tl.exp(m - shift) + tl.sum(tl.exp(u - shift[:, None]), axis=1)
+            l_sum = l_sum * exp(m - shift) + tl.sum(exp(u - shift[:, None]), axis=1)
             m = m_new
         m_row = tl.max(m, axis=0)
-        log_l = tl.log(tl.sum(l_sum * tl.exp(m - finite_max(m_row)), axis=0))
+        if EDGES:
+            edge, edge_mask = edge_positions(lo, hi, VEC)
+            z_edge = tl.load(z + edge, mask=edge_mask, other=float("-inf"))
+            u_edge, slope_edge = _logits(
+                z_edge, bias, edge - lo, edge_mask, scale, cap, inv_cap, BIAS, SCALE, CAP
+            )
+            u_edge = tl.where(edge_mask, u_edge, float("-inf"))
+            m_row = tl.maximum(m_row, tl.max(tl.max(u_edge, axis=1), axis=0))
+        shift = finite_max(m_row)
+        total = tl.sum(l_sum * exp(m - shift), axis=0)
+        if EDGES:
+            total += tl.sum(tl.sum(exp(u_edge - shift), axis=1), axis=0)
+        log_l = tl.log(total)
         logp_y = (u_y - m_row) - log_l
         tl.store(logp + row, logp_y)
         tl.store(lse + row, m_row + log_l)
@@ -106,15 +119,21 @@ def row_kernel(
         if WRITE_GRAD:
             m_row = tl.where(known, m_row, float("nan"))
             dz_y = expm1(logp_y) * slope_y
-            ahead = load_tile(z, 0, lo, hi, GROUPS, VEC, EDGES)
+            at_label = (lo + y).to(tl.int32)
+            if EDGES:
+                dz_edge = exp((u_edge - m_row) - log_l) * slope_edge
+                dz_edge = tl.where(edge == at_label, dz_y, dz_edge)
+                tl.store(z + edge, dz_edge.to(z.dtype.element_ty), mask=edge_mask)
+            ahead = load_tile(z, 0, lo, hi, GROUPS, VEC)
             for group in range(0, n_groups, GROUPS):
                 tile = ahead
-                ahead = load_tile(z, group + GROUPS, lo, hi, GROUPS, VEC, EDGES)
-                bias_tile = _load_bias(bias, group, lo, hi, GROUPS, VEC, BIAS)
-                u, slope = transform(tile, bias_tile, scale, cap, inv_cap, BIAS, SCALE, CAP)
-                dz = tl.exp((u - m_row) - log_l) * slope
-                dz = tl.where(positions(group, GROUPS, VEC) == lo + y, dz_y, dz)
-                store_tile(z, dz, group, lo, hi, GROUPS, VEC, EDGES)
+                ahead = load_tile(z, group + GROUPS, lo, hi, GROUPS, VEC)
+                pos = positions(group, GROUPS, VEC) - lo
+                mask = whole_groups(group, lo, hi, GROUPS, VEC)
+                u, slope = _logits(tile, bias, pos, mask, scale, cap, inv_cap, BIAS, SCALE, CAP)
+                dz = exp((u - m_row) - log_l) * slope
+                dz = tl.where(positions(group, GROUPS, VEC) == at_label, dz_y, dz)
+                store_tile(z, dz, group, lo, hi, GROUPS, VEC)
 
 
 def row_logps(

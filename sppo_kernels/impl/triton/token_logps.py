@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sppo_kernels.impl.triton import config
 from sppo_kernels.impl.triton._layout import has_edges, on_device, rows_of, slices, vector_of
-from sppo_kernels.impl.triton._tile import finite_max, load_tile, row_start
+from sppo_kernels.impl.triton._tile import edge_positions, exp, finite_max, load_tile, row_start
 
 _RUNTIME = ["base", "stride_b", "stride_t", "label_b", "label_t", "size_t", "n_cols", "n_rows"]
 _RUNTIME += ["n_slices", "ignore_index"]
@@ -44,12 +44,20 @@ def partial_kernel(
         GROUPS: tl.constexpr = BLOCK // VEC
         start, lo = row_start(base, stride_b, stride_t, b, t, VEC, EDGES)
         first_group = (pid % n_slices) * GROUPS
-        z = load_tile(logits + start, first_group, lo, lo + n_cols, GROUPS, VEC, EDGES)
-        z = z.to(tl.float32)
+        hi = lo + n_cols
+        z = load_tile(logits + start, first_group, lo, hi, GROUPS, VEC).to(tl.float32)
         m = tl.max(tl.max(z, axis=1), axis=0)
-        e = tl.exp(z - finite_max(m))
+        if EDGES:
+            pos, mask = edge_positions(lo, hi, VEC)
+            mask = mask & (first_group == 0)  # the first slice takes both edges
+            edge = tl.load(logits + start + pos, mask=mask, other=float("-inf")).to(tl.float32)
+            m = tl.maximum(m, tl.max(tl.max(edge, axis=1), axis=0))
+        shift = finite_max(m)
+        l_sum = tl.sum(tl.sum(exp(z - shift), axis=1), axis=0)
+        if EDGES:
+            l_sum += tl.sum(tl.sum(exp(edge - shift), axis=1), axis=0)
         tl.store(part_max + pid.to(tl.int64), m)
-        tl.store(part_sum + pid.to(tl.int64), tl.sum(tl.sum(e, axis=1), axis=0))
+        tl.store(part_sum + pid.to(tl.int64), l_sum)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -85,7 +93,7 @@ def finalize_kernel(
     m_part = tl.load(part_max + part, mask=mask, other=float("-inf"))
     l_part = tl.load(part_sum + part, mask=mask, other=0.0)
     m = tl.max(m_part, axis=1)
-    log_l = tl.log(tl.sum(l_part * tl.exp(m_part - finite_max(m)[:, None]), axis=1))
+    log_l = tl.log(tl.sum(l_part * exp(m_part - finite_max(m)[:, None]), axis=1))
     known = active & (y >= 0) & (y < n_cols)
     offset = base + b * stride_b + t * stride_t + y
     z_y = tl.load(logits + offset, mask=known, other=float("nan")).to(tl.float32)

@@ -8,19 +8,18 @@ from torch import Tensor
 
 from sppo_kernels.impl.triton import config
 from sppo_kernels.impl.triton._layout import has_edges, on_device, rows_of, slices, vector_of
-from sppo_kernels.impl.triton._tile import expm1, load_tile, positions, row_start, store_tile
+from sppo_kernels.impl.triton._tile import (
+    edge_positions,
+    exp,
+    expm1,
+    load_tile,
+    positions,
+    row_start,
+    store_tile,
+)
 
 _RUNTIME = ["base", "stride_b", "stride_t", "out_base", "out_b", "out_t", "grad_b", "grad_t"]
 _RUNTIME += ["label_b", "label_t", "lse_b", "lse_t", "size_t", "n_cols", "n_slices", "ignore_index"]
-
-
-@triton.jit
-def _store(ptr, tile, first_group, lo, hi, GROUPS, VEC: tl.constexpr, EDGES, WIDE: tl.constexpr):
-    if WIDE:
-        store_tile(ptr, tile, first_group, lo, hi, GROUPS, VEC, EDGES)
-    else:  # the rows of `out` start elsewhere in their vectors than those of `logits`
-        pos = positions(first_group, GROUPS, VEC)
-        tl.store(ptr + pos, tile.to(ptr.dtype.element_ty), mask=(pos >= lo) & (pos < hi))
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -62,24 +61,40 @@ def backward_kernel(
     hi = lo + n_cols
     b = b.to(tl.int64)
     t = t.to(tl.int64)
-    if WIDE:
+    if WIDE:  # rows of `out` start in their vectors where those of `logits` do
         out_row, _ = row_start(out_base, out_b, out_t, b, t, VEC, EDGES)
     else:
         out_row = out_base + b * out_b + t * out_t - lo
     y = tl.load(labels + b * label_b + t * label_t)
     if y == ignore_index:
         zero = tl.zeros((GROUPS, VEC), tl.float32)
-        _store(out + out_row, zero, first_group, lo, hi, GROUPS, VEC, EDGES, WIDE)
+        store_tile(out + out_row, zero, first_group, lo, hi, GROUPS, VEC)
+        if EDGES:
+            pos, mask = edge_positions(lo, hi, VEC)
+            mask = mask & (first_group == 0)
+            tl.store(out + out_row + pos, tl.zeros((2, VEC), out.dtype.element_ty), mask=mask)
     else:
-        z = load_tile(logits + start, first_group, lo, hi, GROUPS, VEC, EDGES).to(tl.float32)
+        z = load_tile(logits + start, first_group, lo, hi, GROUPS, VEC).to(tl.float32)
         g = tl.load(grad + b * grad_b + t * grad_t)
         known = (y >= 0) & (y < n_cols)
-        d = z - tl.where(known, tl.load(lse + b * lse_b + t * lse_t), float("nan"))
-        dz = tl.exp(d)
-        at_label = lo + y - first_group * VEC
-        if (at_label >= 0) & (at_label < BLOCK):  # one slice of a row pays for expm1
-            dz = tl.where(positions(0, GROUPS, VEC) == at_label, expm1(d), dz)
-        _store(out + out_row, g * dz, first_group, lo, hi, GROUPS, VEC, EDGES, WIDE)
+        row_lse = tl.where(known, tl.load(lse + b * lse_b + t * lse_t), float("nan"))
+        d = z - row_lse
+        at_label = (lo + y - first_group * VEC).to(tl.int32)
+        here = (at_label >= 0) & (at_label < BLOCK)  # one slice of a row pays for the label
+        dz_y = 0.0
+        if here:
+            is_label = positions(0, GROUPS, VEC) == at_label
+            dz_y = expm1(tl.sum(tl.sum(tl.where(is_label, d, 0.0), axis=1), axis=0))
+        dz = exp(d)
+        if here:
+            dz = tl.where(positions(0, GROUPS, VEC) == at_label, dz_y, dz)
+        store_tile(out + out_row, g * dz, first_group, lo, hi, GROUPS, VEC)
+        if EDGES:
+            pos, mask = edge_positions(lo, hi, VEC)
+            mask = mask & (first_group == 0)
+            d = tl.load(logits + start + pos, mask=mask, other=0.0).to(tl.float32) - row_lse
+            dz = g * tl.where(pos == lo + y, expm1(d), exp(d))
+            tl.store(out + out_row + pos, dz.to(out.dtype.element_ty), mask=mask)
 
 
 def token_logps_backward(
