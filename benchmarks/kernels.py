@@ -97,7 +97,8 @@ def cases() -> list[Case]:
         found.append(
             Case(f"partial ({tag})", "partial_kernel", name, tile, block.num_warps, 1, vocab)
         )
-        wide = {**tile, "WIDE": True}
+        block = config.backward_block(dtype, vocab)
+        wide = {**tile, "BLOCK": block.size, "WIDE": True}
         found.append(
             Case(f"backward ({tag})", "backward_kernel", name, wide, block.num_warps, 2, vocab)
         )
@@ -267,20 +268,8 @@ def collect(processes: int = 2) -> list[Report]:
         return list(pool.map(_inspect, jobs))
 
 
-HEADER = [
-    "kernel",
-    "sm",
-    "block",
-    "warps",
-    "regs",
-    "spill",
-    "smem B",
-    "LDG.128",
-    "STG.128",
-    "EX2",
-    "instr",
-    "warps/SM",
-]
+HEADER = ["kernel", "sm", "block", "warps", "regs", "spill", "smem B"]
+HEADER += ["LDG.128", "STG.128", "EX2", "instr", "warps/SM"]
 TIMES = ["kernel", "GB moved", "instr/element", "memory ms", "issue ms", "bound by"]
 
 
