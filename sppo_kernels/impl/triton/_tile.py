@@ -92,8 +92,12 @@ def expm1(x):
 
 
 @triton.jit
-def tanh(x):
-    """tanh in fp32; within 0.5 of zero x + x^3 q(x^2), q through Chebyshev points (4e-9)."""
+def tanh_and_slope(x):
+    """tanh and its derivative in fp32, neither losing digits where tanh is near 0 or near 1.
+
+    Within 0.5 of zero x + x^3 q(x^2), q through Chebyshev points (4e-9); else, with
+    r = 2 e / (1 + e) and e = exp(-2|x|), tanh|x| = 1 - r and the derivative is r (2 - r).
+    """
     s = x * x
     q = -0.00694294181
     q = q * s + 0.0214706827
@@ -101,8 +105,10 @@ def tanh(x):
     q = q * s + 0.133332253
     q = q * s - 0.333333313
     e = exp(-2.0 * tl.abs(x))
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(s < 0.25, x + x * (s * q), tl.where(x < 0, -t, t))
+    r = 2.0 * e / (1.0 + e)
+    small = s < 0.25
+    t = tl.where(small, x + x * (s * q), tl.where(x < 0, r - 1.0, 1.0 - r))
+    return t, tl.where(small, 1.0 - t * t, r * (2.0 - r))
 
 
 @triton.jit
@@ -118,7 +124,7 @@ def transform(
         u *= scale
         slope *= scale
     if CAP:
-        t = tanh(u * inv_cap)
+        t, dt = tanh_and_slope(u * inv_cap)
         u = cap * t
-        slope *= 1.0 - t * t
+        slope *= dt
     return u, slope
