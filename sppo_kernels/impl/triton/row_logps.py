@@ -26,7 +26,18 @@ _RUNTIME = ["base", "stride", "label_stride", "n_cols", "ignore_index", "scale",
 
 
 @triton.jit
-def _logits(z, bias, pos, mask, scale, cap, inv_cap, BIAS: tl.constexpr, SCALE, CAP):
+def _logits(
+    z,
+    bias,
+    pos,
+    mask,
+    scale,
+    cap,
+    inv_cap,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+):
     """Logits of a tile and du/dz; `pos` are columns, `mask` those inside the row."""
     bias_tile = 0.0
     if BIAS:
