@@ -1,0 +1,20 @@
+"""Triton kernels: plain functions on tensors, without autograd or argument checks.
+
+They run on CUDA devices, and on CPU tensors when TRITON_INTERPRET=1. The registered operators on
+top of them check their arguments and give them gradients.
+"""
+
+from sppo_kernels.impl.triton.row_logps import row_logps
+from sppo_kernels.impl.triton.segments import segment_expand, segment_sum
+from sppo_kernels.impl.triton.sppo import sppo_from_logits
+from sppo_kernels.impl.triton.token_logps import token_logps
+from sppo_kernels.impl.triton.token_logps_backward import token_logps_backward
+
+__all__ = [
+    "row_logps",
+    "segment_expand",
+    "segment_sum",
+    "sppo_from_logits",
+    "token_logps",
+    "token_logps_backward",
+]
