@@ -30,14 +30,14 @@ def _once(name: str) -> None:
 
 def _save_token_logps(ctx, inputs, output) -> None:
     logits, labels, ctx.ignore_index, ctx.inplace, ctx.impl = inputs
-    logp, lse = output
-    ctx.mark_non_differentiable(lse)
+    logp, norm = output
+    ctx.mark_non_differentiable(norm)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, logp, lse)
+    ctx.save_for_backward(logits, labels, logp, norm)
 
 
-def _logits_gradient(ctx, coef, logits, labels, logp, lse):
-    args = (labels, logp, lse, ctx.ignore_index, ctx.impl)
+def _logits_gradient(ctx, coef, logits, labels, logp, norm):
+    args = (labels, logp, norm, ctx.ignore_index, ctx.impl)
     if not ctx.inplace:
         return op("token_logps_backward")(coef, logits, *args)
     if torch.is_grad_enabled():
@@ -48,7 +48,7 @@ def _logits_gradient(ctx, coef, logits, labels, logp, lse):
     return logits
 
 
-def _token_logps_backward(ctx, grad, _lse):
+def _token_logps_backward(ctx, grad, _norm):
     if grad is None:
         return None, None, None, None, None
     return _logits_gradient(ctx, grad, *ctx.saved_tensors), None, None, None, None
@@ -86,19 +86,19 @@ _formula("segment_expand", _segment_expand_backward, _save_segment_expand)
 def _save_sppo_from_logits(ctx, inputs, output) -> None:
     logits, labels, cu_seqlens = inputs[:3]
     ctx.ignore_index, ctx.inplace, ctx.impl = inputs[8:]
-    _, logps, coef, logp, lse = output
-    ctx.mark_non_differentiable(logps, coef, logp, lse)
+    _, logps, coef, logp, norm = output
+    ctx.mark_non_differentiable(logps, coef, logp, norm)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, cu_seqlens, coef, logp, lse)
+    ctx.save_for_backward(logits, labels, cu_seqlens, coef, logp, norm)
 
 
 def _sppo_from_logits_backward(ctx, grad, *_):
     none = (None,) * 10
     if grad is None:
         return None, *none
-    logits, labels, cu_seqlens, coef, logp, lse = ctx.saved_tensors
+    logits, labels, cu_seqlens, coef, logp, norm = ctx.saved_tensors
     rows = op("segment_expand")(grad, cu_seqlens, coef.numel(), ctx.impl).view_as(coef)
-    return _logits_gradient(ctx, coef * rows, logits, labels, logp, lse), *none
+    return _logits_gradient(ctx, coef * rows, logits, labels, logp, norm), *none
 
 
 _formula("sppo_from_logits", _sppo_from_logits_backward, _save_sppo_from_logits)

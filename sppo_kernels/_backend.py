@@ -81,7 +81,6 @@ def _auto(device_type: str, dtype: torch.dtype) -> str:
     return "reference"
 
 
-@torch.compiler.assume_constant_result
 def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
     """The implementation to run for `impl` in "auto", "reference", "triton", "native".
 
@@ -97,3 +96,7 @@ def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
     if why is not None:
         raise RuntimeError(f"impl={impl!r} cannot run here: {why}")
     return impl
+
+
+# What torch.compiler.assume_constant_result sets, without its import of all of torch._dynamo.
+resolve._dynamo_marked_constant = True

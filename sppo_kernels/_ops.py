@@ -1,8 +1,8 @@
 """Schemas and fakes of every log-prob operator under `torch.ops.sppo_kernels`.
 
 Public functions (logps.py, loss.py) check and normalise their arguments, then call these. Shapes:
-B, T batch and steps; N rows; L labels; S sequences; V vocabulary; D hidden size. Log-probs, their
-gradients are float32; log-sum-exps are float32, and float64 in the native backend.
+B, T batch and steps; N rows; L labels; S sequences; V vocabulary; D hidden size. Log-probs,
+their gradients and norms are float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SCHEMAS = {
     # Compiled CPU kernels; see csrc/cpu/rows.cpp.
     "native_token_logps": "(Tensor logits, Tensor labels, int ignore_index) -> (Tensor, Tensor)",
     "native_token_logps_backward": (
-        "(Tensor grad, Tensor logits, Tensor labels, Tensor logp, Tensor lse, int ignore_index, "
+        "(Tensor grad, Tensor logits, Tensor labels, Tensor logp, Tensor norm, int ignore_index, "
         "Tensor(a!) out) -> ()"
     ),
     "native_row_logps": (
@@ -31,27 +31,28 @@ SCHEMAS = {
     ),
     "native_segment_sum": "(Tensor values, Tensor cu_seqlens) -> Tensor",
     "native_segment_expand": "(Tensor values, Tensor cu_seqlens, SymInt rows) -> Tensor",
-    # Logits in: logits [B, T, V], labels [B, T] -> logp [B, T], lse [B, T].
+    # Logits in: logits [B, T, V], labels [B, T] -> logp [B, T], norm [2, B, T]: the rows'
+    # maxima m and sums of exp(z - m).
     "token_logps": (
         "(Tensor logits, Tensor labels, int ignore_index, bool inplace_backward, str impl) "
-        "-> (Tensor logp, Tensor lse)"
+        "-> (Tensor logp, Tensor norm)"
     ),
     "token_logps_backward": (
-        "(Tensor grad, Tensor logits, Tensor labels, Tensor logp, Tensor lse, int ignore_index, str impl) "
-        "-> Tensor"
+        "(Tensor grad, Tensor logits, Tensor labels, Tensor logp, Tensor norm, int ignore_index, "
+        "str impl) -> Tensor"
     ),
     "token_logps_backward_": (
-        "(Tensor grad, Tensor(a!) logits, Tensor labels, Tensor logp, Tensor lse, int ignore_index, str impl) "
-        "-> ()"
+        "(Tensor grad, Tensor(a!) logits, Tensor labels, Tensor logp, Tensor norm, "
+        "int ignore_index, str impl) -> ()"
     ),
     # values [N], cu_seqlens [S+1] -> [S], and its transpose.
     "segment_sum": "(Tensor values, Tensor cu_seqlens, str impl) -> Tensor",
     "segment_expand": "(Tensor values, Tensor cu_seqlens, SymInt rows, str impl) -> Tensor",
-    # -> loss [S] (scaled), logps [S], coef [B, T] = d loss / d logp of the row, logp, lse [B, T].
+    # -> loss [S] (scaled), logps [S], coef [B, T] = d loss / d logp of the row, logp [B, T], norm.
     "sppo_from_logits": (
         "(Tensor logits, Tensor labels, Tensor cu_seqlens, Tensor ref_logps, Tensor win_rate, "
         "Tensor scale, float eta, bool win_units, int ignore_index, bool inplace_backward, "
-        "str impl) -> (Tensor loss, Tensor logps, Tensor coef, Tensor logp, Tensor lse)"
+        "str impl) -> (Tensor loss, Tensor logps, Tensor coef, Tensor logp, Tensor norm)"
     ),
     # Hidden in: hidden [N, D], weight [V, D], labels [L], rows [L] into hidden.
     # -> logp [L], and what backward needs: dx [L, D], dz [retain, V], each before its coefficient.
@@ -89,23 +90,19 @@ def _float(like: Tensor, *shape) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
-def _lse(like: Tensor, impl: str, *shape) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float64 if impl == "native" else torch.float32)
-
-
 @_fake("native_token_logps")
 def _(logits, labels, ignore_index):
-    return _float(logits, *labels.shape), _lse(logits, "native", *labels.shape)
+    return _float(logits, *labels.shape), _float(logits, 2, *labels.shape)
 
 
 @_fake("native_token_logps_backward")
-def _(grad, logits, labels, logp, lse, ignore_index, out):
+def _(grad, logits, labels, logp, norm, ignore_index, out):
     return None
 
 
 @_fake("native_row_logps")
 def _(z, labels, bias, logit_scale, softcap, ignore_index, write_grad):
-    return _float(z, labels.shape[0]), _lse(z, "native", labels.shape[0])
+    return _float(z, labels.shape[0]), _float(z, labels.shape[0])
 
 
 @_fake("native_segment_sum")
@@ -120,16 +117,16 @@ def _(values, cu_seqlens, rows):
 
 @_fake("token_logps")
 def _(logits, labels, ignore_index, inplace_backward, impl):
-    return _float(logits, *labels.shape), _lse(logits, impl, *labels.shape)
+    return _float(logits, *labels.shape), _float(logits, 2, *labels.shape)
 
 
 @_fake("token_logps_backward")
-def _(grad, logits, labels, logp, lse, ignore_index, impl):
+def _(grad, logits, labels, logp, norm, ignore_index, impl):
     return logits.new_empty(logits.shape)
 
 
 @_fake("token_logps_backward_")
-def _(grad, logits, labels, logp, lse, ignore_index, impl):
+def _(grad, logits, labels, logp, norm, ignore_index, impl):
     return None
 
 
@@ -151,7 +148,7 @@ def _(logits, labels, cu, ref, win, scale, eta, win_units, ignore_index, inplace
         _float(logits, ref.shape[0]),
         _float(logits, *rows),
         _float(logits, *rows),
-        _lse(logits, impl, *rows),
+        _float(logits, 2, *rows),
     )
 
 

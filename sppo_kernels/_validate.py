@@ -142,7 +142,7 @@ def weights(value: Tensor) -> None:
 def positive(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")
     return float(value)
 

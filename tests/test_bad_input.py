@@ -1,4 +1,5 @@
 """Every refusal names the argument; every odd input that is allowed means what the docs say."""
+# ruff: noqa: E501
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def arguments():
 def call(**changes):
     args = arguments() | changes
     names = ("hidden", "weight", "labels", "ref_logps", "win_rate")
-    return sk.fused_linear_sppo_loss(*(args.pop(n) for n in names), **args)
+    positional = [args.pop(n) for n in names]
+    return sk.fused_linear_sppo_loss(*positional, **args)
 
 
 BAD = [
@@ -137,6 +139,7 @@ def test_explicit_backend_that_cannot_run():
 def test_out_of_range_labels_are_nan_where_they_are_not_checked():
     """Unchecked (as on a GPU), a bad label reads nothing out of bounds: it gives NaN."""
     logits = torch.randn(1, 2, V)
-    logp, _ = torch.ops.sppo_kernels.native_token_logps(logits, torch.tensor([[V, 3]]), -100)
+    labels = torch.tensor([[V, 3]])
+    logp, _ = torch.ops.sppo_kernels.token_logps(logits, labels, -100, False, "native")
     assert logp[0, 0].isnan()
     assert logp[0, 1].isfinite()

@@ -1,4 +1,4 @@
-"""The operators inside PyTorch: opcheck, compile, autocast, checkpointing, accumulation, no sync."""
+"""The operators inside PyTorch: opcheck, compile, autocast, checkpointing, accumulation."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sppo_kernels as sk
 from sppo_kernels import linear_logps
+from sppo_kernels.impl import dispatch, streaming
 from sppo_kernels.testing import relative_error
 
 OPS = torch.ops.sppo_kernels
@@ -30,18 +31,19 @@ def test_opcheck_of_every_operator():
     i = inputs()
     logits = torch.randn(3, 5, 17, requires_grad=True)
     labels, cu = i["labels"], torch.tensor([0, 5, 10, 15])
-    logp, lse = OPS.token_logps(logits.detach(), labels, -100, False, "native")
+    logp, norm = OPS.token_logps(logits.detach(), labels, -100, False, "native")
     upstream = torch.randn(3, 5)
     hidden, weight = i["hidden"].view(15, 8).detach().requires_grad_(), i["weight"]
     bias = torch.randn(17, requires_grad=True)
     head = (hidden, weight, bias, labels.view(-1), None, 1.5, 3.0, -100)
     done = {
         "token_logps": (logits, labels, -100, False, "native"),
-        "token_logps_backward": (upstream, logits.detach(), labels, logp, lse, -100, "native"),
+        "token_logps_backward": (upstream, logits.detach(), labels, logp, norm, -100, "native"),
         "segment_sum": (torch.randn(15, requires_grad=True), cu, "native"),
         "segment_expand": (torch.randn(3, requires_grad=True), cu, 15, "native"),
         "sppo_from_logits": (
-            logits, labels, cu, i["ref"], i["win"], torch.ones(3), 10.0, False, -100, False, "native",
+            logits, labels, cu, i["ref"], i["win"], torch.ones(3), 10.0, False, -100, False,
+            "native",
         ),
         "linear_token_logps": (*head, True, True, 4, 15, "native"),
         "linear_sppo_grouped": (
@@ -62,9 +64,11 @@ def test_opcheck_of_every_operator():
     ))  # fmt: skip
     head = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in head)
     mutating = {
-        "token_logps_backward_": (upstream, logits.detach(), labels, upstream, lse, -100, "native"),
+        "token_logps_backward_": (
+            upstream, logits.detach(), labels, upstream, norm, -100, "native",
+        ),
         "native_token_logps_backward": (
-            upstream, logits.detach(), labels, upstream, lse, -100, torch.empty(3, 5, 17),
+            upstream, logits.detach(), labels, upstream, norm, -100, torch.empty(3, 5, 17),
         ),
         "native_row_logps": (torch.randn(4, 17), labels.view(-1)[:4], None, 1.0, None, -100, True),
         "linear_token_logps_backward": (
@@ -186,51 +190,61 @@ def test_backward_twice_through_a_retained_graph():
     assert torch.equal(i["weight"].grad, 2 * first)
 
 
-@pytest.mark.parametrize("host_labels", [False, True])
-@pytest.mark.parametrize("budget", [None, 2000])
-def test_no_value_is_read_on_the_cuda_path(host_labels, budget, monkeypatch):
-    """Fake CUDA tensors have no values: whatever would synchronise raises instead.
+class ShapesOnly:
+    """A backend whose kernels give outputs of the right shapes and nothing else."""
 
-    The public functions run up to the operators, and the streaming driver with a row kernel that
-    only gives shapes, so that every line that runs on a GPU, but for the kernels, runs here.
+    @staticmethod
+    def row_logps(z, labels, bias, scale, softcap, ignore_index, write_grad):
+        return z.new_empty(z.shape[0], dtype=torch.float32), None
+
+    @staticmethod
+    def segment_sum(values, cu_seqlens):
+        return values.new_empty(cu_seqlens.shape[0] - 1)
+
+    @staticmethod
+    def segment_expand(values, cu_seqlens, rows):
+        return values.new_empty(rows)
+
+
+@pytest.mark.parametrize("with_rows", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_value_is_read_on_the_cuda_path(dtype, with_rows, monkeypatch):
+    """Fake tensors have no values: whatever would synchronise with a device raises instead.
+
+    The public functions run up to the operators; the operators run as for tensors that are not on
+    the host, with kernels that only give shapes. (This torch has no CUDA, so the fake tensors are
+    CPU ones; with a GPU, test_triton_gpu.py asks CUDA itself.)
     """
-    from sppo_kernels import _backend
-    from sppo_kernels.impl import streaming
-
-    class Kernels:
-        @staticmethod
-        def row_logps(z, labels, bias, scale, softcap, ignore_index, write_grad):
-            return z.new_empty(z.shape[0], dtype=torch.float32), None
-
-    monkeypatch.setattr(_backend, "triton_error", lambda: None)
-    _backend._auto.cache_clear()
-    with FakeTensorMode():
-        device = torch.device("cuda", 0)
-        hidden = torch.empty(3, 5, 8, device=device, requires_grad=True)
-        weight = torch.empty(17, 8, device=device, requires_grad=True)
-        bias = torch.empty(17, device=device, requires_grad=True)
-        labels = torch.zeros(3, 5, dtype=torch.long, device="cpu" if host_labels else device)
-        ref = torch.empty(3, device=device)
-        out = sk.fused_linear_sppo_loss(
-            hidden, weight, labels, ref, ref, bias=bias, memory_budget=budget
+    monkeypatch.setattr(streaming, "on_host", lambda tensor: False)
+    monkeypatch.setattr(dispatch, "load", lambda impl: ShapesOnly)
+    with FakeTensorMode(), torch.no_grad():
+        device = torch.device("cpu")
+        hidden, weight = (
+            torch.empty(*shape, device=device, dtype=dtype) for shape in ((3, 5, 8), (17, 8))
         )
-        out.loss.backward()
-        assert weight.grad.device.type == "cuda"
-        logits = torch.empty(3, 5, 17, device=device, requires_grad=True)
-        sk.fused_sppo_loss(logits, labels.to(device), ref, ref).loss.backward()
-        if host_labels:
-            return  # host labels are read, on the host, by design
-        flat = torch.zeros(15, dtype=torch.long, device=device)
-        for rows in (None, flat):
-            problem = streaming.prepare(
-                Kernels, hidden.view(15, 8), weight, bias, flat, rows, 1.0, None, -100, 4
+        bias = torch.empty(17, device=device, dtype=dtype)
+        labels = torch.zeros(3, 5, dtype=torch.long, device=device)
+        rows = labels if with_rows else None
+        ref = torch.empty(3, device=device)
+        sk.fused_linear_sppo_loss(
+            hidden, weight, labels, ref, ref, bias=bias, rows=rows, weights=ref, softcap=3.0
+        )
+        cu = torch.zeros(4, dtype=torch.int32, device=device)
+        sk.linear_sequence_logps(hidden.view(15, 8), weight, labels.view(15), cu)
+        sk.fused_sppo_loss(hidden, labels, ref, ref)
+        head = (hidden.view(15, 8), weight, bias, labels.view(15),
+                None if rows is None else rows.view(15), 1.0, 3.0, -100)  # fmt: skip
+        for retain in (0, 8, 15):
+            _, dx, dz = dispatch.linear_token_logps(*head, True, True, 4, retain, "triton")
+            upstream = torch.empty(15, device=device)
+            out = dispatch.linear_token_logps_backward(
+                upstream, *head, dx, dz, True, True, True, 4, "triton"
             )
-            dx, dz = torch.empty(15, 8, device=device), torch.empty(8, 17, device=device)
-            streaming.forward(problem, True, True, dx, dz, 0, 15)
-            coef = torch.empty(15, device=device)
-            streaming.hidden_gradient(problem, coef, dx, torch.empty(15, 8, device=device))
-            dw, db = torch.empty(17, 8, device=device), torch.empty(17, device=device)
-            streaming.weight_gradient(problem, coef, dz, dw, db, 0, 15)
+            assert [t.dtype for t in out] == [dtype] * 3
+        dispatch.linear_sppo_grouped(
+            *head, [0, 5, 10, 15], [0, 2, 3], ref, ref, ref, 10.0, False, True, True, True, 4, 10,
+            "triton",
+        )  # fmt: skip
 
 
 def test_chunks_do_not_depend_on_vocabulary_or_width():

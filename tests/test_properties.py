@@ -88,8 +88,8 @@ def test_rows_equal_repetition(seed, responses):
     """Responses that share the prompt's last row against a copy of that row for each."""
     b = batch(seed, 1, 8)
     g = torch.Generator().manual_seed(seed)
-    rows = torch.stack([torch.zeros(responses, dtype=torch.long),
-                        *(torch.randint(1, 8, (responses,), generator=g) for _ in range(3))], 1)  # fmt: skip
+    rows = torch.randint(1, 8, (responses, 4), generator=g)
+    rows[:, 0] = 0
     labels = torch.randint(0, 53, (responses, 4), generator=g)
     ref, win = torch.full((responses,), -16.0), torch.rand(responses, generator=g)
     hidden = b["hidden"][0]

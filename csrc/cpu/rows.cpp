@@ -108,7 +108,7 @@ Tensor new_float(const Tensor& like, std::initializer_list<int64_t> shape) {
 }
 
 void run_rows(const Rows& z, const Integers& labels, const RowTransform& transform,
-              int64_t ignore_index, bool write_grad, float* logp, double* lse) {
+              int64_t ignore_index, bool write_grad, float* logp, float* maximum, float* sum) {
   const RowKernels& row = kernels();
   const bool needs_scratch =
       write_grad || transform.bias != nullptr || transform.scale != 1.0f || transform.cap != 0.0f;
@@ -117,16 +117,17 @@ void run_rows(const Rows& z, const Integers& labels, const RowTransform& transfo
     for (int64_t i = begin; i < end; ++i) {
       const int64_t label = labels[i];
       if (label == ignore_index) {
-        logp[i] = lse[i] = 0;
+        logp[i] = maximum[i] = sum[i] = 0.0f;
         if (write_grad) zero_row(z[i], z);
       } else if (label < 0 || label >= z.vocab) {
-        logp[i] = lse[i] = kNaN;
+        logp[i] = maximum[i] = sum[i] = kNaN;
         if (write_grad) nan_row(z[i], z);
       } else {
         const RowResult result =
             row.logps(z.type, z[i], z.vocab, label, transform, write_grad, scratch.data());
         logp[i] = result.logp;
-        lse[i] = result.lse;
+        maximum[i] = result.maximum;
+        sum[i] = result.sum;
       }
     }
   });
@@ -138,29 +139,30 @@ std::tuple<Tensor, Tensor> token_logps(const Tensor& logits, const Tensor& label
   const Integers label(labels);
   STD_TORCH_CHECK(labels.numel() == z.count, "labels: expected one for each row of logits");
   Tensor logp = new_float(logits, {logits.size(0), logits.size(1)});
-  Tensor lse =
-      torch::stable::new_empty(logits, {logits.size(0), logits.size(1)}, ScalarType::Double);
+  Tensor norm = new_float(logits, {2, logits.size(0), logits.size(1)});
+  float* maximum = static_cast<float*>(norm.data_ptr());
   run_rows(z, label, {nullptr, 1.0f, 0.0f}, ignore_index, false,
-           static_cast<float*>(logp.data_ptr()), static_cast<double*>(lse.data_ptr()));
-  return {logp, lse};
+           static_cast<float*>(logp.data_ptr()), maximum, maximum + z.count);
+  return {logp, norm};
 }
 
 void token_logps_backward(const Tensor& grad, const Tensor& logits, const Tensor& labels,
-                          const Tensor& logp, const Tensor& lse, int64_t ignore_index,
+                          const Tensor& logp, const Tensor& norm, int64_t ignore_index,
                           const Tensor& out) {
   const Rows z(logits), dz(out);
   const Integers label(labels);
-  for (const Tensor* t : {&grad, &logp, &lse}) {
-    const ScalarType type = t == &lse ? ScalarType::Double : ScalarType::Float;
-    STD_TORCH_CHECK(t->scalar_type() == type && t->is_contiguous() && t->numel() == z.count,
-                    "grad, logp (float32), lse (float64): expected contiguous, one for each row");
+  for (const Tensor* t : {&grad, &logp, &norm}) {
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() &&
+                        t->numel() == (t == &norm ? 2 : 1) * z.count,
+                    "grad, logp [rows], norm [2, rows]: expected contiguous float32");
   }
   STD_TORCH_CHECK(
       labels.numel() == z.count && dz.count == z.count && dz.vocab == z.vocab && dz.type == z.type,
       "shapes or dtypes of logits, labels and out differ");
   const float* coef = static_cast<const float*>(grad.data_ptr());
   const float* at_label = static_cast<const float*>(logp.data_ptr());
-  const double* norm = static_cast<const double*>(lse.data_ptr());
+  const float* maximum = static_cast<const float*>(norm.data_ptr());
+  const float* sum = maximum + z.count;
   const RowKernels& row = kernels();
   torch::stable::parallel_for(0, z.count, row_grain(z.vocab), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -169,7 +171,8 @@ void token_logps_backward(const Tensor& grad, const Tensor& logits, const Tensor
       } else if (label[i] < 0 || label[i] >= z.vocab) {
         nan_row(dz[i], dz);
       } else {
-        row.backward(z.type, z[i], dz[i], z.vocab, label[i], {at_label[i], norm[i]}, coef[i]);
+        row.backward(z.type, z[i], dz[i], z.vocab, label[i], {at_label[i], maximum[i], sum[i]},
+                     coef[i]);
       }
     }
   });
@@ -191,9 +194,14 @@ std::tuple<Tensor, Tensor> row_logps(const Tensor& logits, const Tensor& labels,
     transform.bias = static_cast<const float*>(bias->data_ptr());
   }
   Tensor logp = new_float(logits, {z.count});
-  Tensor lse = torch::stable::new_empty(logits, {z.count}, ScalarType::Double);
+  Tensor lse = new_float(logits, {z.count});
+  std::vector<float> sum(z.count);
+  float* norm = static_cast<float*>(lse.data_ptr());
   run_rows(z, label, transform, ignore_index, write_grad, static_cast<float*>(logp.data_ptr()),
-           static_cast<double*>(lse.data_ptr()));
+           norm, sum.data());
+  for (int64_t i = 0; i < z.count; ++i) {
+    if (label[i] != ignore_index) norm[i] += std::log(sum[i]);
+  }
   return {logp, lse};
 }
 

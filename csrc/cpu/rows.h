@@ -16,13 +16,14 @@ struct RowTransform {
 };
 
 struct RowResult {
-  float logp;  // log softmax(u)[label]
-  double lse;  // log sum exp u; in float its rounding alone would cost p more than eager loses
+  float logp;     // log softmax(u)[label]
+  float maximum;  // of u
+  float sum;      // of exp(u - maximum); kept apart, because a float log-sum-exp rounds p by 1e-6
 };
 
 struct RowKernels {
   // Reads row `z`; with `write_grad`, overwrites it with (softmax(u) - onehot(label)) * du/dz.
-  // `scratch` holds at least `vocab` floats. Both modes give the same bits of logp and lse.
+  // `scratch` holds at least `vocab` floats. Both modes give the same bits.
   RowResult (*logps)(Element type, void* z, int64_t vocab, int64_t label,
                      const RowTransform& transform, bool write_grad, float* scratch);
   // out = coef * (softmax(z) - onehot(label)), from the saved result; out may be z.

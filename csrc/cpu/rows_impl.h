@@ -99,10 +99,9 @@ inline double sum_exp(const T* z, int64_t vocab, float m, float* terms) {
   return total;
 }
 
-template <class T>
-RowResult finish(double sum, float m, float at_label) {
-  const double log_sum = std::log(sum);
-  return {static_cast<float>((static_cast<double>(at_label) - m) - log_sum), m + log_sum};
+inline RowResult finish(double sum, float m, float at_label) {
+  const double logp = (static_cast<double>(at_label) - m) - std::log(sum);
+  return {static_cast<float>(logp), m, static_cast<float>(sum)};
 }
 
 template <class T>
@@ -110,9 +109,9 @@ RowResult logps_plain(T* z, int64_t vocab, int64_t label, bool write_grad, float
   const float m = row_max(z, vocab);
   const double sum =
       write_grad ? sum_exp<true>(z, vocab, m, scratch) : sum_exp<false>(z, vocab, m, scratch);
-  const RowResult result = finish<T>(sum, m, load1(z + label));
+  const RowResult result = finish(sum, m, load1(z + label));
   if (write_grad) {
-    const float inverse = static_cast<float>(1.0 / sum);
+    const float inverse = 1.0f / result.sum;
     int64_t i = 0;
     for (; i + kLanes <= vocab; i += kLanes) store(z + i, load(scratch + i) * inverse);
     for (; i < vocab; ++i) store1(z + i, scratch[i] * inverse);
@@ -129,9 +128,9 @@ RowResult logps_transformed(T* z, int64_t vocab, int64_t label, const RowTransfo
   for (; i < vocab; ++i) u[i] = transformed1(z, i, t);
   const float m = row_max(u, vocab);
   const double sum = sum_exp<false>(u, vocab, m, u);
-  const RowResult result = finish<T>(sum, m, u[label]);
+  const RowResult result = finish(sum, m, u[label]);
   if (write_grad) {
-    const float inverse = static_cast<float>(1.0 / sum);
+    const float inverse = 1.0f / result.sum;
     for (i = 0; i + kLanes <= vocab; i += kLanes) {
       const VecF x = load(u + i);
       store(z + i, exp(x - m) * inverse * slope(x, t));
@@ -166,16 +165,16 @@ void backward_typed(const void* z_, void* out_, int64_t vocab, int64_t label, Ro
                     float coef) {
   const T* z = static_cast<const T*>(z_);
   T* out = static_cast<T*>(out_);
-  const float high = static_cast<float>(saved.lse);
-  const float low = static_cast<float>(saved.lse - high);
+  const float m = saved.maximum;
+  const float factor = coef / saved.sum;
   int64_t i = 0;
   for (; i + 2 * kLanes <= vocab; i += 2 * kLanes) {
-    const VecF e0 = exp(load(z + i) - high - low) * coef;
-    const VecF e1 = exp(load(z + i + kLanes) - high - low) * coef;
+    const VecF e0 = exp(load(z + i) - m) * factor;
+    const VecF e1 = exp(load(z + i + kLanes) - m) * factor;
     store(out + i, e0);
     store(out + i + kLanes, e1);
   }
-  for (; i < vocab; ++i) store1(out + i, exp1(load1(z + i) - high - low) * coef);
+  for (; i < vocab; ++i) store1(out + i, exp1(load1(z + i) - m) * factor);
   store1(out + label, coef * std::expm1(saved.logp));
 }
 

@@ -35,18 +35,18 @@ def token_logps(logits, labels, ignore_index, inplace_backward, impl):
 
 
 @_kernel
-def token_logps_backward(grad, logits, labels, logp, lse, ignore_index, impl):
+def token_logps_backward(grad, logits, labels, logp, norm, ignore_index, impl):
     backend = load(impl)
     out = empty(backend, logits, *logits.shape)
     coef = grad.neg().contiguous()  # d log p / d z = onehot - softmax
-    backend.token_logps_backward(coef, logits, labels, logp, lse, ignore_index, out)
+    backend.token_logps_backward(coef, logits, labels, logp, norm, ignore_index, out)
     return out
 
 
 @_kernel
-def token_logps_backward_(grad, logits, labels, logp, lse, ignore_index, impl):
+def token_logps_backward_(grad, logits, labels, logp, norm, ignore_index, impl):
     coef = grad.neg().contiguous()
-    load(impl).token_logps_backward(coef, logits, labels, logp, lse, ignore_index, logits)
+    load(impl).token_logps_backward(coef, logits, labels, logp, norm, ignore_index, logits)
 
 
 @_kernel
@@ -128,11 +128,11 @@ def linear_sppo_grouped(
     )  # fmt: skip
     unit = 1.0 / eta if win_units else 1.0
     target = (win_rate - 0.5) * (eta * unit)
-    offsets = torch.tensor(cu_seqlens)
+    bounds, offsets = list(cu_seqlens), torch.tensor(cu_seqlens)
     if problem.target is not None:  # count the labels that were kept, on the host
         kept = (labels != ignore_index).long().cumsum(0)
         offsets = torch.cat([kept.new_zeros(1), kept])[offsets]
-    bounds = offsets.tolist()
+        bounds = offsets.tolist()
     device = hidden.device
 
     dx = hidden.new_empty((problem.rows, hidden.shape[1]) if need_dx else (0,))

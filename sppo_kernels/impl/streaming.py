@@ -81,6 +81,11 @@ class Problem:
         return empty(self.backend, self.hidden, rows, self.weight.shape[0])
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Whether reading the tensor's values stops no device."""
+    return tensor.device.type == "cpu"
+
+
 def prepare(
     backend: ModuleType,
     hidden: Tensor,
@@ -95,7 +100,7 @@ def prepare(
 ) -> Problem:
     """Drop ignored labels where that needs no synchronisation: when `labels` are on the host."""
     source, target, unique = rows, None, rows is None
-    if labels.device.type == "cpu":
+    if on_host(labels):
         keep = labels != ignore_index
         if not bool(keep.all()):
             target = keep.nonzero().squeeze(1)
@@ -158,7 +163,7 @@ def hidden_gradient(problem: Problem, coef: Tensor, dx: Tensor, out: Tensor) -> 
         return out.zero_().index_copy_(0, problem.source, scaled)
     total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     scaled = dx * coef[:, None]
-    if out.device.type == "cpu":
+    if on_host(out):
         total.index_add_(0, problem.source, scaled)
     else:  # index_add_ adds in no fixed order there; index_put_ sorts first
         total.index_put_((problem.source,), scaled, accumulate=True)

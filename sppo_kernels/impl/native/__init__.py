@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sppo_kernels import _C
 from sppo_kernels._ops import op
 
 __all__ = [
@@ -24,8 +25,6 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     """`like.new_empty(shape)`, on huge pages when it is large."""
     out = like.new_empty(shape, dtype=dtype)
     if out.numel() * out.element_size() >= _HUGE_PAGE_BYTES:
-        from sppo_kernels import _C
-
         _C.prefer_huge_pages(out.data_ptr(), out.numel() * out.element_size())
     return out
 
@@ -48,12 +47,12 @@ def sppo_from_logits(
     win_units: bool,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scaled loss [S], logps [S], and [B, T]: coefficient, log p and log-sum-exp of each row."""
-    logp, lse = token_logps(logits, labels, ignore_index)
+    """Scaled loss [S], logps [S], [B, T] coefficient and log p of each row, and [2, B, T] norm."""
+    logp, norm = token_logps(logits, labels, ignore_index)
     logps = segment_sum(logp.view(-1), cu_seqlens)
     unit = 1.0 / eta if win_units else 1.0
     target = (win_rate - 0.5) * (eta * unit)
     residual = (logps - ref_logps) * unit - target
     coef = segment_expand(2.0 * unit * scale * residual, cu_seqlens, logp.numel())
     coef = coef.view_as(labels).masked_fill_(labels == ignore_index, 0.0)
-    return scale * residual.square(), logps, coef, logp, lse
+    return scale * residual.square(), logps, coef, logp, norm
