@@ -1,0 +1,48 @@
+# setup demo test lint bench gpu; PYTHON and TORCH may be overridden: make setup TORCH="torch==2.11.0"
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TRITON ?= triton>=3.7,<3.8
+OUT ?= runs/gpu
+BUDGET ?= 480
+# The environment of `setup` comes first where it exists; without it, the machine's own python.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: setup build demo test lint format bench gpu clean
+
+setup: $(VENV)/.ready build
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel pybind11
+	pip install --quiet --no-build-isolation --editable ".[test,lint,bench]"
+	touch $@
+
+build: $(VENV)/.ready
+	python setup.py --quiet build_ext --inplace
+
+demo: setup
+	python examples/train_llama.py
+
+test: setup
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
+
+format: setup
+	ruff check --fix .
+	ruff format .
+	clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
+
+bench: setup
+	python -m benchmarks --json benchmarks/results/latest.json --markdown benchmarks/results/latest.md
+
+# No network and no virtual environment: the machine's own python, torch and triton.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" --budget $(BUDGET)
+
+clean:
+	rm -rf build dist *.egg-info sppo_kernels/*.so
