@@ -42,10 +42,12 @@ def exact_lse(norm):
     return torch.where((m == 0) & (l_sum == 0), 0.0, m + l_sum.log())
 
 
-def assert_within_budget(got, exact, eager, what):
+def assert_within_budget(got, exact, eager, what, rounding=0.0):
     """|got - exact| <= 2 x the largest error of eager fp32 + one rounding of the output's dtype.
 
     `eager` is the same computation on the same inputs in fp32, before its result is rounded.
+    `rounding` is what rounding inside the computation may add, where so few values are compared
+    that eager may be exact by luck.
     """
     assert eager.dtype == torch.float32 and exact.dtype == torch.float64
     got64 = got.double()
@@ -53,6 +55,7 @@ def assert_within_budget(got, exact, eager, what):
     scale = exact.abs().max() if got.dtype == torch.float32 else exact.abs()
     info = torch.finfo(got.dtype)
     bound = 2 * (eager.double() - exact).abs().max() + info.eps * scale + info.smallest_normal
+    bound = bound + rounding
     assert not got64.isnan().any(), f"{what}: NaN"
     worst = (error - bound).argmax()
     assert (error <= bound).all(), (
