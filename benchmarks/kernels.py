@@ -37,7 +37,7 @@ class Case:
 
     label: str
     kernel: str
-    dtype: str  # of logits or z: bf16 or fp32
+    dtype: str  # of logits or z: bf16, fp16 or fp32
     constexprs: dict[str, int | bool]
     num_warps: int
     passes: float  # reads and writes of the whole [N, V], 0 for the small kernels
@@ -86,9 +86,9 @@ def cases() -> list[Case]:
 
     from sppo_kernels.impl.triton import config
 
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     found = []
-    for name, edges in (("bf16", False), ("bf16", True), ("fp32", False)):
+    for name, edges in (("bf16", False), ("bf16", True), ("fp16", False), ("fp32", False)):
         dtype, vec = dtypes[name], config.vector(dtypes[name])
         vocab = N_COLS_ODD if edges else N_COLS
         block = config.split_block(dtype, vocab)
@@ -138,7 +138,7 @@ def _types(case: Case) -> dict[str, str]:
     rows = dict.fromkeys(("logits", "out", "z", "bias"), "*" + case.dtype)
     if case.kernel.startswith("segment"):
         rows["out"] = "*fp32"
-    small = "part_max part_sum logp lse grad values ref_logps win_rate loss logps coef"
+    small = "part_max part_sum logp lse norm grad values ref_logps win_rate loss logps coef"
     rows.update(dict.fromkeys(small.split(), "*fp32"))
     rows.update(dict.fromkeys(("cap", "inv_cap", "eta"), "fp32"))
     rows["scale"] = "*fp32" if case.kernel == "sppo_kernel" else "fp32"
@@ -247,7 +247,7 @@ def inspect(case: Case, target: int) -> Report:
     )
     if case.sweeps:
         elements = N_ROWS * case.vocab
-        moved = elements * case.passes * (2 if case.dtype == "bf16" else 4)
+        moved = elements * case.passes * (4 if case.dtype == "fp32" else 2)
         report.per_element = _sweep_instructions(sass) / case.elements_per_thread
         report.gigabytes = moved / 1e9
         report.memory_ms = tuple(moved / rate * 1e3 for rate in reversed(H200_BANDWIDTH))

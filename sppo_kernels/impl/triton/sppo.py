@@ -71,7 +71,7 @@ def sppo_from_logits(
     eta: float,
     win_units: bool,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """SPPO loss of every response (arXiv 2405.00675) and what its gradient needs.
 
     L_s = scale_s r_s^2 with r_s = S_s - R_s - eta (w_s - 1/2), or, with `win_units`,
@@ -83,10 +83,11 @@ def sppo_from_logits(
         ref_logps, win_rate, scale: [S] float32, contiguous.
 
     Returns:
-        `(loss [S], logps [S], coef [B, T], lse [B, T])`, float32; coef = dL_s/d(logp of the row),
-        0 for ignored rows and for rows after the last response.
+        `(loss [S], logps [S], coef [B, T], logp [B, T], norm [2, B, T])`, float32;
+        coef = dL_s/d(logp of the row), 0 for ignored rows and for rows after the last response;
+        logp and norm as `token_logps` gives them.
     """
-    logp, lse = token_logps(logits, labels, ignore_index)
+    logp, norm = token_logps(logits, labels, ignore_index)
     n_seq = cu_seqlens.numel() - 1
     loss = torch.empty(n_seq, dtype=torch.float32, device=logits.device)
     logps = torch.empty_like(loss)
@@ -113,4 +114,4 @@ def sppo_from_logits(
             BLOCK=block.size,
             num_warps=block.num_warps,
         )
-    return loss, logps, coef, lse
+    return loss, logps, coef, logp, norm

@@ -67,7 +67,7 @@ def finalize_kernel(
     part_max,
     part_sum,
     logp,  # [N]
-    lse,  # [N]
+    norm,  # [2, N]: maxima, then sums of exponentials
     base,
     stride_b,
     stride_t,
@@ -93,16 +93,18 @@ def finalize_kernel(
     m_part = tl.load(part_max + part, mask=mask, other=float("-inf"))
     l_part = tl.load(part_sum + part, mask=mask, other=0.0)
     m = tl.max(m_part, axis=1)
-    log_l = tl.log(tl.sum(l_part * exp(m_part - finite_max(m)[:, None]), axis=1))
+    l_sum = tl.sum(l_part * exp(m_part - finite_max(m)[:, None]), axis=1)
     known = active & (y >= 0) & (y < n_cols)
     offset = base + b * stride_b + t * stride_t + y
     z_y = tl.load(logits + offset, mask=known, other=float("nan")).to(tl.float32)
-    tl.store(logp + row, tl.where(active, (z_y - m) - log_l, 0.0), mask=inside)
-    tl.store(lse + row, tl.where(active, m + log_l, 0.0), mask=inside)
+    tl.store(logp + row, tl.where(active, (z_y - m) - tl.log(l_sum), 0.0), mask=inside)
+    nothing = tl.where(active, float("nan"), 0.0)  # NaN makes the row of an unknown label NaN
+    tl.store(norm + row, tl.where(known, m, nothing), mask=inside)
+    tl.store(norm + n_rows + row, tl.where(known, l_sum, nothing), mask=inside)
 
 
 def token_logps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """log p of every label, and the log-sum-exp of every row.
+    """log p of every label, and what normalises every row.
 
     Args:
         logits: [B, T, V], float32, bfloat16 or float16; any strides over B and T, unit over V.
@@ -110,7 +112,9 @@ def token_logps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tens
         ignore_index: rows with this label are not read, and give 0.
 
     Returns:
-        `(logp, lse)`, both [B, T] float32, in nats; logp = (z_y - max z) - log sum exp(z - max z).
+        `(logp [B, T], norm [2, B, T])`, float32. norm[0] is m = max z and norm[1] is
+        l = sum exp(z - m) of the row; logp = (z_y - m) - log l, in nats. The two are kept apart
+        because m + log l in one float32 would cost p = exp(z - m) / l its last digits.
 
     Raises:
         ValueError: the last dimension of `logits` has a stride other than 1.
@@ -118,9 +122,9 @@ def token_logps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tens
     size_b, size_t, n_cols = logits.shape
     n_rows = size_b * size_t
     logp = torch.empty((size_b, size_t), dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(logp)
+    norm = torch.empty((2, size_b, size_t), dtype=torch.float32, device=logits.device)
     if n_rows == 0:
-        return logp, lse
+        return logp, norm
     rows = rows_of(logits)
     vec = vector_of(logits)
     edges = has_edges(rows, n_cols, vec)
@@ -153,7 +157,7 @@ def token_logps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tens
             parts[0],
             parts[1],
             logp,
-            lse,
+            norm,
             *shared,
             n_rows,
             n_slices,
@@ -162,4 +166,4 @@ def token_logps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tens
             SLICES=slices_pow2,
             num_warps=final.num_warps,
         )
-    return logp, lse
+    return logp, norm

@@ -19,7 +19,8 @@ from sppo_kernels.impl.triton._tile import (
 )
 
 _RUNTIME = ["base", "stride_b", "stride_t", "out_base", "out_b", "out_t", "grad_b", "grad_t"]
-_RUNTIME += ["label_b", "label_t", "lse_b", "lse_t", "size_t", "n_cols", "n_slices", "ignore_index"]
+_RUNTIME += ["label_b", "label_t", "logp_b", "logp_t", "size_t", "n_rows", "n_cols", "n_slices"]
+_RUNTIME += ["ignore_index"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -27,7 +28,8 @@ def backward_kernel(
     grad,
     logits,
     labels,
-    lse,
+    logp,
+    norm,  # [2, N]
     out,
     base,
     stride_b,
@@ -39,9 +41,10 @@ def backward_kernel(
     grad_t,
     label_b,
     label_t,
-    lse_b,
-    lse_t,
+    logp_b,
+    logp_t,
     size_t,
+    n_rows,
     n_cols,
     n_slices,
     ignore_index,
@@ -76,37 +79,41 @@ def backward_kernel(
     else:
         z = load_tile(logits + start, first_group, lo, hi, GROUPS, VEC).to(tl.float32)
         g = tl.load(grad + b * grad_b + t * grad_t)
-        known = (y >= 0) & (y < n_cols)
-        row_lse = tl.where(known, tl.load(lse + b * lse_b + t * lse_t), float("nan"))
-        d = z - row_lse
+        m = tl.load(norm + row.to(tl.int64))
+        weight = tl.div_rn(g, tl.load(norm + n_rows + row.to(tl.int64)))
+        dz_y = g * expm1(tl.load(logp + b * logp_b + t * logp_t))
+        dz = weight * exp(z - m)
         at_label = (lo + y - first_group * VEC).to(tl.int32)
-        here = (at_label >= 0) & (at_label < BLOCK)  # one slice of a row pays for the label
-        dz_y = 0.0
-        if here:
-            is_label = positions(0, GROUPS, VEC) == at_label
-            dz_y = expm1(tl.sum(tl.sum(tl.where(is_label, d, 0.0), axis=1), axis=0))
-        dz = exp(d)
-        if here:
+        if (at_label >= 0) & (at_label < BLOCK):  # one slice of a row pays for the label
             dz = tl.where(positions(0, GROUPS, VEC) == at_label, dz_y, dz)
-        store_tile(out + out_row, g * dz, first_group, lo, hi, GROUPS, VEC)
+        store_tile(out + out_row, dz, first_group, lo, hi, GROUPS, VEC)
         if EDGES:
             pos, mask = edge_positions(lo, hi, VEC)
             mask = mask & (first_group == 0)
-            d = tl.load(logits + start + pos, mask=mask, other=0.0).to(tl.float32) - row_lse
-            dz = g * tl.where(pos == lo + y, expm1(d), exp(d))
-            tl.store(out + out_row + pos, dz.to(out.dtype.element_ty), mask=mask)
+            z_edge = tl.load(logits + start + pos, mask=mask, other=float("-inf")).to(tl.float32)
+            dz_edge = tl.where(pos == lo + y, dz_y, weight * exp(z_edge - m))
+            tl.store(out + out_row + pos, dz_edge.to(out.dtype.element_ty), mask=mask)
 
 
 def token_logps_backward(
-    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, out: Tensor
+    grad: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    logp: Tensor,
+    norm: Tensor,
+    ignore_index: int,
+    out: Tensor,
 ) -> None:
     """Write grad * (softmax(z) - 1_y), the gradient of sum(-grad * logp), into `out`.
+
+    softmax(z) is exp(z - m) / l, and at the label softmax(z) - 1 is expm1(logp).
 
     Args:
         grad: [B, T] float32, any strides; minus the gradient of the log-probabilities.
         logits: [B, T, V] as given to `token_logps`; rows with `ignore_index` are not read.
         labels: [B, T]; a label outside [0, V) that is not `ignore_index` gives a row of NaN.
-        lse: [B, T] float32, from `token_logps`.
+        logp: [B, T] float32, any strides, from `token_logps`.
+        norm: [2, B, T] float32, contiguous, from `token_logps`: (m, l) of every row.
         ignore_index: rows with this label become zero.
         out: [B, T, V] with strides of its own (unit over V); may be `logits` itself.
 
@@ -130,7 +137,8 @@ def token_logps_backward(
             grad,
             rows.origin,
             labels,
-            lse,
+            logp,
+            norm,
             out_rows.origin,
             rows.base,
             rows.stride_b,
@@ -140,8 +148,9 @@ def token_logps_backward(
             out_rows.stride_t,
             *grad.stride(),
             *labels.stride(),
-            *lse.stride(),
+            *logp.stride(),
             size_t,
+            size_b * size_t,
             n_cols,
             n_slices,
             ignore_index,
