@@ -123,7 +123,8 @@ Tensor check(Tensor x, MaybeTensor lengths, double low, double high, bool want_g
     const CheckArgs<T> a{data<T>(x),          lengths_of(lengths),   x.size(0), k,
                          static_cast<T>(low), static_cast<T>(high), want_gap};
     over_games(a.games, int64_t(k) * k, [&](int64_t begin, int64_t end) {
-      const CheckReport part = kernels<T>().check(a, begin, end);
+      auto work = scratch(kernels<T>().lane_bytes(k));
+      const CheckReport part = kernels<T>().check(a, begin, end, work.data());
       const std::lock_guard<std::mutex> lock(guard);
       if (part.bad >= 0 && (found.bad < 0 || part.bad < found.bad)) found.bad = part.bad;
       if (part.gap > found.gap || (part.gap == found.gap && part.gap_at < found.gap_at)) {

@@ -39,7 +39,7 @@ struct GameKernels {
   int64_t (*lane_bytes)(int k);
   void (*targets)(const TargetsArgs<T>&, int64_t begin, int64_t end, void* work);
   void (*symmetrize)(const SymmetrizeArgs<T>&, int64_t begin, int64_t end, void* work);
-  CheckReport (*check)(const CheckArgs<T>&, int64_t begin, int64_t end);
+  CheckReport (*check)(const CheckArgs<T>&, int64_t begin, int64_t end, void* work);
   void (*simplex)(const SolverArgs<T>&, int64_t begin, int64_t end, double* work, int* ints);
   void (*mirror)(const SolverArgs<T>&, int64_t begin, int64_t end, double* work, int* ints);
   void (*regularized)(const SolverArgs<T>&, int64_t begin, int64_t end, double* work, int* ints);

@@ -35,10 +35,11 @@ struct Simplex {
   static constexpr SPPO_HD int64_t doubles(int64_t k) { return (k + 1) * (k + 1) + 2 * k; }
   static constexpr SPPO_HD int64_t ints(int64_t k) { return 2 * k; }
 
-  template <class Team, class T>
+  // N: the number of responses where it is known when compiled, which unrolls the loops; else 0.
+  template <int N = 0, class Team, class T>
   static SPPO_HD void run(const Team& team, const SolverArgs<T>& a, int64_t g, double* work,
                           int* labels) {
-    const int n = length_of(a, g);
+    const int n = N > 0 ? N : length_of(a, g);
     const int ld = n + 1;
     const T* p = a.x + g * a.k * a.k;
     double* tab = work;
@@ -76,27 +77,28 @@ struct Simplex {
 
     const int patience = 8 * n + 32;
     for (int step = 0; step < 50 * n + 200 && enter < n; ++step) {
-      const int leave = leaving(team, tab, row_label, n, enter);
+      const int leave = leaving<N>(team, tab, row_label, n, enter);
       if (leave == n) break;
-      pivot(team, tab, n, leave, enter);
+      pivot<N>(team, tab, n, leave, enter);
       if (team.rank() == 0) {
         const int label = row_label[leave];
         row_label[leave] = col_label[enter];
         col_label[enter] = label;
       }
       team.sync();
-      enter = entering(team, tab, col_label, n, step >= patience);
+      enter = entering<N>(team, tab, col_label, n, step >= patience);
     }
-    finish(team, a, g, tab, row_label, strategy);
+    finish<N>(team, a, g, tab, row_label, strategy);
   }
 
  private:
   static SPPO_HD double tolerance() { return 1e-12; }
 
   // Column to enter: the largest reduced cost, or (Bland) the lowest label; n when optimal.
-  template <class Team>
-  static SPPO_HD int entering(const Team& team, const double* tab, const int* col_label, int n,
+  template <int N, class Team>
+  static SPPO_HD int entering(const Team& team, const double* tab, const int* col_label, int size,
                               bool bland) {
+    const int n = N > 0 ? N : size;
     const double* cost = tab + n * (n + 1);
     int column = n;
     double least = 1e300;
@@ -113,9 +115,10 @@ struct Simplex {
   }
 
   // Row to leave: the smallest ratio, the lowest label among equals; n when none limits the column.
-  template <class Team>
-  static SPPO_HD int leaving(const Team& team, const double* tab, const int* row_label, int n,
+  template <int N, class Team>
+  static SPPO_HD int leaving(const Team& team, const double* tab, const int* row_label, int size,
                              int enter) {
+    const int n = N > 0 ? N : size;
     const int ld = n + 1;
     double least = 1e300;
     int row = n;
@@ -138,8 +141,9 @@ struct Simplex {
     return label < 1e300 ? row : n;
   }
 
-  template <class Team>
-  static SPPO_HD void pivot(const Team& team, double* tab, int n, int r, int c) {
+  template <int N, class Team>
+  static SPPO_HD void pivot(const Team& team, double* tab, int size, int r, int c) {
+    const int n = N > 0 ? N : size;
     const int ld = n + 1;
     const double inverse = 1.0 / tab[r * ld + c];
     team.sync();
@@ -158,10 +162,10 @@ struct Simplex {
     team.sync();
   }
 
-  template <class Team, class T>
+  template <int N, class Team, class T>
   static SPPO_HD void finish(const Team& team, const SolverArgs<T>& a, int64_t g, const double* tab,
                              const int* row_label, double* strategy) {
-    const int n = length_of(a, g);
+    const int n = N > 0 ? N : length_of(a, g);
     for (int i = team.rank(); i < n; i += team.size()) strategy[i] = 0.0;
     team.sync();
     for (int i = team.rank(); i < n; i += team.size()) {
