@@ -120,7 +120,7 @@ Tensor check(Tensor x, MaybeTensor lengths, double low, double high, bool want_g
   by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const int k = static_cast<int>(x.size(1));
-    const CheckArgs<T> a{data<T>(x),          lengths_of(lengths),   x.size(0), k,
+    const CheckArgs<T> a{data<T>(x),          lengths_of(lengths),  x.size(0), k,
                          static_cast<T>(low), static_cast<T>(high), want_gap};
     over_games(a.games, int64_t(k) * k, [&](int64_t begin, int64_t end) {
       auto work = scratch(kernels<T>().lane_bytes(k));

@@ -107,7 +107,8 @@ static void load_lanes(const T* x, int64_t first, int64_t last, int64_t size,
   int64_t done = 0;
 #if defined(SPPO_HAS_SHUFFLE)
   while (size >= W && done < size) {
-    const int64_t at = done + W <= size ? done : size - W;  // the last block overlaps the one before
+    const int64_t at =
+        done + W <= size ? done : size - W;  // the last block overlaps the one before
     V rows[W];
     for (int l = 0; l < W; ++l) __builtin_memcpy(&rows[l], source[l] + at, sizeof(V));
     transpose<V>(rows);
@@ -318,10 +319,9 @@ static void aggregate(const AggregateArgs<T>& a, int64_t begin, int64_t end, dou
 
 template <class T>
 static constexpr GameKernels<T> kernels() {
-  return {lane_bytes,         targets<T>,           symmetrize<T>,
-          check<T>,           simplex<T>,    solve<Mirror, T>,
-          solve<Regularized, T>, solve<BradleyTerry, T>, solve<Tournament, T>,
-          aggregate<T>};
+  return {lane_bytes,           targets<T>,       symmetrize<T>,         check<T>,
+          simplex<T>,           solve<Mirror, T>, solve<Regularized, T>, solve<BradleyTerry, T>,
+          solve<Tournament, T>, aggregate<T>};
 }
 
 }  // namespace SPPO_GAME_ISA

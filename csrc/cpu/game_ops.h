@@ -67,11 +67,11 @@ struct GameOps {
     Tensor prob = make(x, {games}, dtype);
     by_dtype(x, [&](auto zero) {
       using T = decltype(zero);
-      Backend::targets(TargetsArgs<T>{data<T>(x), lengths_of(lengths), games, static_cast<int>(k),
-                                      static_cast<int>(mode), include_self, eta, data<T>(win),
-                                      data<T>(target), data<int64_t>(best), data<int64_t>(worst),
-                                      data<T>(prob)},
-                       x);
+      Backend::targets(
+          TargetsArgs<T>{data<T>(x), lengths_of(lengths), games, static_cast<int>(k),
+                         static_cast<int>(mode), include_self, eta, data<T>(win), data<T>(target),
+                         data<int64_t>(best), data<int64_t>(worst), data<T>(prob)},
+          x);
     });
     return {win, target, best, worst, prob};
   }
@@ -121,10 +121,10 @@ struct GameOps {
   static std::tuple<Tensor, Tensor> bradley_terry(Tensor x, MaybeTensor lengths,
                                                   MaybeTensor counts) {
     check_games(x, lengths);
-    STD_TORCH_CHECK(!counts || (counts->dim() == 3 && counts->numel() == x.numel() &&
-                                counts->is_contiguous() &&
-                                counts->scalar_type() == x.scalar_type()),
-                    "counts: expected a contiguous tensor of x's shape and dtype");
+    STD_TORCH_CHECK(
+        !counts || (counts->dim() == 3 && counts->numel() == x.numel() && counts->is_contiguous() &&
+                    counts->scalar_type() == x.scalar_type()),
+        "counts: expected a contiguous tensor of x's shape and dtype");
     Tensor strength = make(x, {x.size(0), x.size(1)}, ScalarType::Double);
     Tensor connected = make(x, {x.size(0)}, ScalarType::Bool);
     by_dtype(x, [&](auto zero) {
@@ -218,15 +218,14 @@ struct GameOps {
   }
 };
 
-#define SPPO_GAME_IMPLS(m, Backend)                                                    \
-  m.impl("game_targets", TORCH_BOX(&sppo::game::GameOps<Backend>::targets));           \
-  m.impl("game_win_rates", TORCH_BOX(&sppo::game::GameOps<Backend>::win_rates));       \
-  m.impl("game_symmetrize", TORCH_BOX(&sppo::game::GameOps<Backend>::symmetrize));     \
-  m.impl("game_nash", TORCH_BOX(&sppo::game::GameOps<Backend>::nash));                 \
-  m.impl("game_regularized_nash",                                                      \
-         TORCH_BOX(&sppo::game::GameOps<Backend>::regularized_nash));                  \
-  m.impl("game_bradley_terry", TORCH_BOX(&sppo::game::GameOps<Backend>::bradley_terry)); \
-  m.impl("game_tournament", TORCH_BOX(&sppo::game::GameOps<Backend>::tournament));     \
+#define SPPO_GAME_IMPLS(m, Backend)                                                            \
+  m.impl("game_targets", TORCH_BOX(&sppo::game::GameOps<Backend>::targets));                   \
+  m.impl("game_win_rates", TORCH_BOX(&sppo::game::GameOps<Backend>::win_rates));               \
+  m.impl("game_symmetrize", TORCH_BOX(&sppo::game::GameOps<Backend>::symmetrize));             \
+  m.impl("game_nash", TORCH_BOX(&sppo::game::GameOps<Backend>::nash));                         \
+  m.impl("game_regularized_nash", TORCH_BOX(&sppo::game::GameOps<Backend>::regularized_nash)); \
+  m.impl("game_bradley_terry", TORCH_BOX(&sppo::game::GameOps<Backend>::bradley_terry));       \
+  m.impl("game_tournament", TORCH_BOX(&sppo::game::GameOps<Backend>::tournament));             \
   m.impl("game_aggregate", TORCH_BOX(&sppo::game::GameOps<Backend>::aggregate))
 
 }  // namespace game

@@ -33,8 +33,8 @@ SPPO_HD void aggregate_row(const AggregateArgs<T>& a, int64_t g, int i, const Ce
   a.total[g * a.k + i] = static_cast<T>(total);
 }
 
-// One game for a team; `work` holds 2 k^2 doubles. Every member reads all comparisons and adds those
-// of its rows, so each cell is summed in the order of the input, as `aggregate_game` does.
+// One game for a team; `work` holds 2 k^2 doubles. Every member reads all comparisons and adds
+// those of its rows, so each cell is summed in the order of the input, as `aggregate_game` does.
 template <class Team, class T>
 SPPO_HD void aggregate_team(const Team& team, const AggregateArgs<T>& a, int64_t g, double* work) {
   const int k = a.k;

@@ -4,8 +4,8 @@
 // Newton's method on the concave likelihood. Its Hessian is a Laplacian, made regular by adding a
 // constant on the null direction. The logistic function is generalised self-concordant, so the step
 // 1 / (1 + D/2), D the spread of the Newton direction, never overshoots and needs no line search.
-// The maximum exists only if the graph of wins is strongly connected (Ford 1957); otherwise the game
-// is flagged and its strengths are NaN.
+// The maximum exists only if the graph of wins is strongly connected (Ford 1957); otherwise the
+// game is flagged and its strengths are NaN.
 #pragma once
 
 #include "game/linear.h"

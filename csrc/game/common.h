@@ -11,6 +11,13 @@
 #define SPPO_HD inline
 #endif
 
+// Loops whose bounds are known when compiled and whose arrays must become registers on the GPU.
+#if defined(__CUDACC__)
+#define SPPO_UNROLL _Pragma("unroll")
+#else
+#define SPPO_UNROLL
+#endif
+
 // Each translation unit with its own instruction set names it here; otherwise the linker could keep
 // the AVX-512 copy of an inline function for every caller.
 #ifndef SPPO_GAME_ISA

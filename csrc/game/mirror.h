@@ -1,8 +1,9 @@
 // Approximate equilibrium of ONE large game by optimistic mirror descent (multiplicative weights).
 //
-// z <- z + rate (2 g_t - g_{t-1}), x = softmax(z), g_t = A x_t: both players of a symmetric game are
-// the same, so one copy suffices. The running mean (restarted at powers of two, which forgets the
-// start) converges like 1/T; the last iterate often geometrically. The better of the two is kept.
+// z <- z + rate (2 g_t - g_{t-1}), x = softmax(z), g_t = A x_t: both players of a symmetric game
+// are the same, so one copy suffices. The running mean (restarted at powers of two, which forgets
+// the start) converges like 1/T; the last iterate often geometrically. The better of the two is
+// kept.
 #pragma once
 
 #include "game/linear.h"

@@ -2,8 +2,9 @@
 //
 // The von Neumann winner x satisfies (P x)_i <= 1/2 for every i. With P > 0 on its diagonal the
 // bounded linear program  max sum(y)  subject to  P y <= 1, y >= 0  has the optimum 2, reached at
-// y = 2 x. A condensed tableau of (n+1) x (n+1) is pivoted in place; the column of the largest reduced
-// cost enters, and Bland's rule takes over after many steps, so that ties cannot make it cycle.
+// y = 2 x. A condensed tableau of (n+1) x (n+1) is pivoted in place; the column of the largest
+// reduced cost enters, and Bland's rule takes over after many steps, so that ties cannot make it
+// cycle.
 #pragma once
 
 #include "game/common.h"

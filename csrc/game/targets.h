@@ -52,8 +52,11 @@ struct Picked {
 // length of a lane's game get 0.
 template <class V, class X>
 SPPO_HD void opponent_sums(const X& x, int k, IntOf<V> length, int mode, V* sum) {
+  SPPO_UNROLL
   for (int i = 0; i < k; ++i) sum[i] = V{};
+  SPPO_UNROLL
   for (int i = 0; i < k; ++i) {
+    SPPO_UNROLL
     for (int j = i + 1; j < k; ++j) {
       V p, q;
       symmetric_pair<V>(x(i, j), x(j, i), mode, p, q);
@@ -67,8 +70,11 @@ SPPO_HD void opponent_sums(const X& x, int k, IntOf<V> length, int mode, V* sum)
 // The released pipeline's scores, s_i = mean over all j of (c_ij - c_ji).
 template <class V, class X>
 SPPO_HD void released_scores(const X& x, int k, IntOf<V> length, V count, V* score) {
+  SPPO_UNROLL
   for (int i = 0; i < k; ++i) score[i] = V{};
+  SPPO_UNROLL
   for (int i = 0; i < k; ++i) {
+    SPPO_UNROLL
     for (int j = i + 1; j < k; ++j) {
       const V d = x(i, j) - x(j, i);
       const auto both = length > j;
@@ -76,6 +82,7 @@ SPPO_HD void released_scores(const X& x, int k, IntOf<V> length, V count, V* sco
       score[j] -= select(both, d, V{});
     }
   }
+  SPPO_UNROLL
   for (int i = 0; i < k; ++i) score[i] = score[i] / count;
 }
 
@@ -98,12 +105,16 @@ SPPO_HD void targets_solo(const X& x, int k, IntOf<V> length, V count, int mode,
   const bool self = include_self || mode == kUclaml;
   const V opponents = self ? count : count - S(1);
   const V own = V{} + (self ? half : S(0));
+  SPPO_UNROLL
   for (int i = 0; i < k; ++i) {
     win[i] = select(length > i, (win[i] + own) / opponents, V{} + half);
   }
-  const V* by = mode == kUclaml ? score : win;
-  picked.start(by[0]);
-  for (int i = 1; i < k; ++i) picked.see(by[i], i, length > i);
+  // No pointer to one of the two rows: that would push both out of a GPU thread's registers.
+  picked.start(mode == kUclaml ? score[0] : win[0]);
+  SPPO_UNROLL
+  for (int i = 1; i < k; ++i) {
+    picked.see(mode == kUclaml ? score[i] : win[i], i, length > i);
+  }
 }
 
 // Probability that the best response beats the worst one, from x or from the scores.
@@ -190,6 +201,7 @@ SPPO_HD void targets_thread(const TargetsArgs<T>& a, int64_t g) {
     const int b = static_cast<int>(picked.best), w = static_cast<int>(picked.worst);
     prob = chosen_probability<T>(at(b, w), at(w, b), a.mode);
   }
+  SPPO_UNROLL
   for (int i = 0; i < K; ++i) {
     if (a.win) a.win[g * K + i] = win[i];
     if (a.target) a.target[g * K + i] = static_cast<T>(a.eta) * (win[i] - T(0.5));

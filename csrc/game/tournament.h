@@ -62,7 +62,8 @@ struct Tournament {
   }
 
  private:
-  // Grows from a Copeland winner, which always belongs: whoever is not beaten by every member joins.
+  // Grows from a Copeland winner, which always belongs: whoever is not beaten by every member
+  // joins.
   template <class Team>
   static SPPO_HD void smith_set(const Team& team, const uint64_t* losses, int n, int w, int seed,
                                 uint64_t* set, int* flag) {
