@@ -1,7 +1,7 @@
 """Schemas, fakes and derivatives of the preference-game operators.
 
-The implementations are in C++ (csrc/cpu/game.cpp, csrc/cuda/game.cpp) and appear when the extension
-is loaded. Games are contiguous [G, K, K] float32 or float64 tensors, `lengths` contiguous int64 [G].
+The implementations are in C++ (csrc/cpu/game.cpp, csrc/cuda/game.cpp) and appear when the
+extension is loaded. Games are contiguous [G, K, K] float32 or float64 tensors, `lengths` int64 [G].
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def aggregate(
     total = tensors["i"].numel()
     for name, column in tensors.items():
         if column.numel() != total:
-            raise ValueError(f"{name}: expected {total} entries, as many as i, got {column.numel()}")
+            raise ValueError(f"{name}: expected {total} entries, like i, got {column.numel()}")
     given = tensors["outcome"].dtype
     if dtype is None:
         dtype = given if given.is_floating_point else torch.get_default_dtype()

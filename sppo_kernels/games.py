@@ -87,8 +87,8 @@ def regularized_nash(
         impl: "auto", "native" or "reference".
 
     Returns:
-        Equilibrium(strategy [..., K], residual [...]) in float64; the residual is the largest change
-        of a probability when the map above is applied once more.
+        Equilibrium(strategy [..., K], residual [...]) in float64; the residual is the largest
+        change of a probability when the map above is applied once more.
 
     Raises:
         ValueError: mu of another shape or not positive, tau not positive, a bad shape or length,

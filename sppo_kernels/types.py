@@ -91,7 +91,7 @@ class Aggregate(NamedTuple):
     Attributes:
         P: [G, K, K], share of the weight between i and j that went to i; 1/2 where they never met.
         counts: [G, K, K], weight of the comparisons between i and j.
-        win_rate: [G, K], macro: mean of P over the opponents met; 1/2 for a response never compared.
+        win_rate: [G, K], macro: mean of P over the opponents met; 1/2 if never compared.
         win_rate_micro: [G, K], micro: all comparisons of a response pooled; 1/2 likewise.
         count: [G, K], weight of all comparisons of a response.
     """

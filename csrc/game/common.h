@@ -116,9 +116,11 @@ SPPO_HD int popcount(uint64_t x) {
 #endif
 }
 
-// A_ij = (P_ij - P_ji) / 2: the antisymmetric payoff of row i against column j, 0 on the diagonal.
+// A_ij = (P_ij - P_ji) / 2: the antisymmetric payoff of row i against column j. The diagonal is 0
+// without being read: whatever stands there, even NaN, does not matter.
 template <class T>
 SPPO_HD double payoff(const T* x, int k, int i, int j) {
+  if (i == j) return 0.0;
   const double a = static_cast<double>(x[static_cast<int64_t>(i) * k + j]);
   const double b = static_cast<double>(x[static_cast<int64_t>(j) * k + i]);
   return 0.5 * (a - b);

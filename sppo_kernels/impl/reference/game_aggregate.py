@@ -9,7 +9,7 @@ from torch import Tensor
 def aggregate(
     i: Tensor, j: Tensor, outcome: Tensor, weight: Tensor | None, game: Tensor, games: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """P, counts [G, K, K], macro and micro win rates, counts of each response [G, K], in float64."""
+    """P, counts [G, K, K], macro and micro rates, weight of each response [G, K], in float64."""
     weight = torch.ones_like(outcome) if weight is None else weight
     cells = torch.cat(((game * k + i) * k + j, (game * k + j) * k + i))
     flat = outcome.new_zeros(games * k * k)

@@ -41,7 +41,7 @@ def nash(
 
 
 def _simplex(payoffs: Tensor, valid: Tensor) -> Tensor:
-    """max sum(y) s.t. (1/2 + A) y <= 1, y >= 0: the simplex method on a condensed tableau a game."""
+    """max sum(y) s.t. (1/2 + A) y <= 1, y >= 0: the simplex method, a condensed tableau a game."""
     games, k = payoffs.shape[:2]
     here = torch.arange(games, device=payoffs.device)
     both = valid[:, :, None] & valid[:, None, :]
@@ -169,8 +169,8 @@ def bradley_terry(
         gradient = (wins * p.mT - wins.mT * p).sum(-1)
         hessian = torch.where(connected[:, None, None], hessian, torch.eye(x.shape[-1]).to(hessian))
         d = torch.linalg.solve(hessian, gradient * connected[:, None])
-        spread = (
-            d.masked_fill(~valid, -torch.inf).amax(-1) - d.masked_fill(~valid, torch.inf).amin(-1)
+        spread = d.masked_fill(~valid, -torch.inf).amax(-1) - d.masked_fill(~valid, torch.inf).amin(
+            -1
         )
         theta = theta + d / (1 + spread / 2)[:, None]
         if not bool((spread > 1e-9).any()):

@@ -82,7 +82,7 @@ def targets(
 def check(
     x: Tensor, lengths: Tensor | None, low: float, high: float, want_gap: bool
 ) -> tuple[int, float, int]:
-    """Flat index of the first bad entry or -1, the largest |P_ij + P_ji - 1| and its index or -1."""
+    """Flat index of the first bad entry, the largest |P_ij + P_ji - 1|, its index; -1 for none."""
     mask = opponents(x, lengths)
     bad = (~((x >= low) & (x <= high)) & mask).flatten()
     first = int(bad.int().argmax()) if bool(bad.any()) else -1
