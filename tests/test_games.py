@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from sppo_kernels.comparisons import aggregate, load_comparisons
 from sppo_kernels.games import bradley_terry, nash, regularized_nash, tournament
-from sppo_kernels.preference import win_rates
 
 from .game_inputs import (
     IMPLS,
@@ -116,10 +115,7 @@ def test_equilibrium_properties(k, seed):
     assert (found[:, k] == 0).all()
     # Ragged equals padded, to the bit.
     padded = poisoned(wider, torch.full((4,), k))
-    assert torch.equal(nash(padded, torch.full((4,), k)).strategy[:, :k], x) or k in (3, 4, 5, 8)
-    torch.testing.assert_close(
-        nash(padded, torch.full((4,), k)).strategy[:, :k], x, rtol=0, atol=1e-13
-    )
+    assert torch.equal(nash(padded, torch.full((4,), k)).strategy[:, :k], x)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -284,7 +280,7 @@ def test_real_comparisons_agree_with_evalica():
     equilibria = nash(pooled.P, table.lengths)
     assert equilibria.residual.max() <= 1e-10
     ranked = bradley_terry(pooled.P, table.lengths, counts=pooled.counts)
-    assert tournament(pooled.P, table.lengths).cycles.min() > 0  # human preferences are cyclic
+    assert tournament(pooled.P, table.lengths).cycles.sum() > 0  # human preferences are cyclic
     words = {1.0: evalica.Winner.X, 0.0: evalica.Winner.Y, 0.5: evalica.Winner.Draw}
     for g in range(13):
         rows = table.game == g
@@ -302,9 +298,11 @@ def test_real_comparisons_agree_with_evalica():
 
 
 def test_average_of_self_play_converges_to_nash(generator):
-    """Tabular SPPO on cyclic games: pi_{t+1} ~ pi_t exp(eta P(. > pi_t)); the mean policy settles."""
-    p = random_games(generator, 1, 3)
-    p = torch.tensor([[0.5, 0.8, 0.3], [0.2, 0.5, 0.75], [0.7, 0.25, 0.5]]).double()[None]
+    """Tabular SPPO, pi_{t+1} ~ pi_t exp(eta P(. > pi_t)), on a cycle: the mean policy settles."""
+    up = 0.7 + 0.2 * torch.rand(3, generator=generator, dtype=torch.float64)  # 0 > 1 > 2 > 0
+    p = torch.full((1, 3, 3), 0.5, dtype=torch.float64)
+    for i in range(3):
+        p[0, i, (i + 1) % 3], p[0, (i + 1) % 3, i] = up[i], 1 - up[i]
     pi, mean, gaps = torch.full((1, 3), 1 / 3, dtype=torch.float64), 0.0, {}
     for t in range(1, 20_001):
         mean = mean + (pi - mean) / t
@@ -315,4 +313,3 @@ def test_average_of_self_play_converges_to_nash(generator):
     assert gaps[20_000] < gaps[200] / 20 and gaps[20_000] < 1e-3
     torch.testing.assert_close(mean, nash(p).strategy, rtol=0, atol=5e-3)
     assert exploitability(p, pi) > 1e-2  # the last policy keeps cycling
-    assert win_rates(p).shape == (1, 3)

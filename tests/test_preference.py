@@ -44,15 +44,15 @@ def test_win_rates_are_evalicas(generator, impl, k):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(mode="logit"),
-        dict(mode="prob", include_self=True),
-        dict(mode=None),
-        dict(preset="uclaml"),
+        {"mode": "logit"},
+        {"mode": "prob", "include_self": True},
+        {"mode": None},
+        {"preset": "uclaml"},
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )
 def test_native_matches_float64_reference(generator, dtype, k, options):
-    """Ragged, with NaN wherever nothing may be read; 37 games leave lanes of the last group over."""
+    """Ragged, NaN wherever nothing may be read; 37 games leave lanes of the last group over."""
     x = random_logits(generator, 37, k, dtype=dtype)
     lengths = random_lengths(generator, 37, k)
     found = sppo_targets(
@@ -258,7 +258,7 @@ def bad(i, j, value):
         (
             lambda m: win_rates(bad(0, 2, 1.5), impl=m),
             ValueError,
-            r"P: .*\[0, 1\].*1\.5.*\[1, 0, 2",
+            r"P: .*\[0, 1\].*1\.5.*\[1, 0",
         ),
         (lambda m: win_rates(bad(2, 0, -0.1), impl=m), ValueError, r"P: .*-0\.1.*\[1, 2, 0\]"),
         (lambda m: win_rates(bad(2, 1, float("nan")), impl=m), ValueError, r"P: .*nan"),

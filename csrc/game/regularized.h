@@ -27,38 +27,21 @@ struct Regularized {
     for (int i = team.rank(); i < n; i += team.size()) z[i] = log_mu[i];
     team.sync();
 
-    double size = evaluate(team, a, p, n, log_mu, z, pi, gain, f);
-    for (int64_t step = 0; step < a.max_iter && size > 0.0; ++step) {
+    // For a small tau the start is far away: go down to it in stages, each from the one before.
+    double tau = a.tau > kStart ? a.tau : kStart;
+    newton(team, a, p, n, log_mu, tau, z, m);
+    while (tau > a.tau) {
+      const double next_tau = 0.25 * tau > a.tau ? 0.25 * tau : a.tau;
       for (int i = team.rank(); i < n; i += team.size()) {
-        double* row = m + static_cast<int64_t>(i) * (n + 1);
-        for (int j = 0; j < n; ++j) {
-          row[j] = (i == j ? 1.0 : 0.0) - (payoff(p, a.k, i, j) - gain[i]) * pi[j] / a.tau;
-        }
-        row[n] = -f[i];
+        z[i] = log_mu[i] + (z[i] - log_mu[i]) * (tau / next_tau);
       }
       team.sync();
-      solve_in_place(team, m, n);
-      double reach = 1.0, found = size;
-      for (int halving = 0; halving < 50; ++halving) {
-        for (int i = team.rank(); i < n; i += team.size()) {
-          trial[i] = z[i] + reach * m[static_cast<int64_t>(i) * (n + 1) + n];
-        }
-        team.sync();
-        found = evaluate(team, a, p, n, log_mu, trial, pi, gain, next);
-        if (found <= (1.0 - 1e-4 * reach) * size) break;
-        reach *= 0.5;
-      }
-      if (!(found < size)) break;  // rounding is all that is left
-      for (int i = team.rank(); i < n; i += team.size()) {
-        z[i] = trial[i];
-        f[i] = next[i];
-      }
-      size = found;
-      team.sync();
+      tau = next_tau;
+      newton(team, a, p, n, log_mu, tau, z, m);
     }
 
     // One application of the map gives the answer; a second one measures how far from fixed it is.
-    evaluate(team, a, p, n, log_mu, z, pi, gain, f);
+    evaluate(team, a.k, p, n, log_mu, a.tau, z, pi, gain, f);
     for (int i = team.rank(); i < n; i += team.size()) trial[i] = log_mu[i] + gain[i] / a.tau;
     team.sync();
     softmax(team, trial, n, next);
@@ -73,17 +56,56 @@ struct Regularized {
   }
 
  private:
+  static constexpr double kStart = 0.02;
+
+  // Damped Newton from z to the fixed point at tau; `work` is laid out as in `run`.
+  template <class Team, class T>
+  static SPPO_HD void newton(const Team& team, const SolverArgs<T>& a, const T* p, int n,
+                             const double* log_mu, double tau, double* z, double* work) {
+    double* m = work;
+    double* pi = z + n;
+    double *gain = pi + n, *f = gain + n, *trial = f + n, *next = trial + n;
+    double size = evaluate(team, a.k, p, n, log_mu, tau, z, pi, gain, f);
+    for (int64_t step = 0; step < a.max_iter && size > 0.0; ++step) {
+      for (int i = team.rank(); i < n; i += team.size()) {
+        double* row = m + static_cast<int64_t>(i) * (n + 1);
+        for (int j = 0; j < n; ++j) {
+          row[j] = (i == j ? 1.0 : 0.0) - (payoff(p, a.k, i, j) - gain[i]) * pi[j] / tau;
+        }
+        row[n] = -f[i];
+      }
+      team.sync();
+      solve_in_place(team, m, n);
+      double reach = 1.0, found = size;
+      for (int halving = 0; halving < 50; ++halving) {
+        for (int i = team.rank(); i < n; i += team.size()) {
+          trial[i] = z[i] + reach * m[static_cast<int64_t>(i) * (n + 1) + n];
+        }
+        team.sync();
+        found = evaluate(team, a.k, p, n, log_mu, tau, trial, pi, gain, next);
+        if (found <= (1.0 - 1e-4 * reach) * size) break;
+        reach *= 0.5;
+      }
+      if (!(found < size)) break;  // rounding is all that is left
+      for (int i = team.rank(); i < n; i += team.size()) {
+        z[i] = trial[i];
+        f[i] = next[i];
+      }
+      size = found;
+      team.sync();
+    }
+  }
+
   // pi = softmax(z), gain = A pi, f = F(z); returns |F|^2.
   template <class Team, class T>
-  static SPPO_HD double evaluate(const Team& team, const SolverArgs<T>& a, const T* p, int n,
-                                 const double* log_mu, const double* z, double* pi, double* gain,
-                                 double* f) {
+  static SPPO_HD double evaluate(const Team& team, int k, const T* p, int n, const double* log_mu,
+                                 double tau, const double* z, double* pi, double* gain, double* f) {
     softmax(team, z, n, pi);
     for (int i = team.rank(); i < n; i += team.size()) {
       double s = 0.0;
-      for (int j = 0; j < n; ++j) s += payoff(p, a.k, i, j) * pi[j];
+      for (int j = 0; j < n; ++j) s += payoff(p, k, i, j) * pi[j];
       gain[i] = s;
-      f[i] = z[i] - log_mu[i] - s / a.tau;
+      f[i] = z[i] - log_mu[i] - s / tau;
     }
     team.sync();
     double size = 0.0;

@@ -121,31 +121,40 @@ def regularized_nash(
     log_mu = log_mu.expand(x.shape[0], -1)
     eye = torch.eye(x.shape[-1], dtype=torch.float64, device=x.device)
 
-    def evaluate(z):
+    def evaluate(z, tau):
         pi = torch.softmax(z.masked_fill(~valid, -torch.inf), -1)
         gain = (payoffs @ pi[:, :, None]).squeeze(-1)
         f = (z - log_mu - gain / tau).masked_fill(~valid, 0)
         return pi, gain, f, f.square().sum(-1)
 
-    z = log_mu.masked_fill(~valid, 0)
-    pi, gain, f, size = evaluate(z)
-    active = size > 0
-    for _ in range(max_iter):
-        if not bool(active.any()):
-            break
-        jacobian = eye - (payoffs - gain[:, :, None]) * pi[:, None, :] / tau
-        direction = torch.linalg.solve(jacobian, -f).masked_fill(~valid, 0)
-        reach = torch.ones_like(size)
-        for _ in range(50):
-            found = evaluate(z + reach[:, None] * direction)[3]
-            enough = found <= (1 - 1e-4 * reach) * size
-            if bool((enough | ~active).all()):
+    def newton(z, tau):
+        pi, gain, f, size = evaluate(z, tau)
+        active = size > 0
+        for _ in range(max_iter):
+            if not bool(active.any()):
                 break
-            reach = torch.where(enough, reach, reach / 2)
-        active = active & (found < size)
-        z = torch.where(active[:, None], z + reach[:, None] * direction, z)
-        pi, gain, f, size = evaluate(z)
-        active = active & (size > 0)
+            jacobian = eye - (payoffs - gain[:, :, None]) * pi[:, None, :] / tau
+            direction = torch.linalg.solve(jacobian, -f).masked_fill(~valid, 0)
+            reach = torch.ones_like(size)
+            for _ in range(50):
+                found = evaluate(z + reach[:, None] * direction, tau)[3]
+                enough = found <= (1 - 1e-4 * reach) * size
+                if bool((enough | ~active).all()):
+                    break
+                reach = torch.where(enough, reach, reach / 2)
+            active = active & (found < size)
+            z = torch.where(active[:, None], z + reach[:, None] * direction, z)
+            pi, gain, f, size = evaluate(z, tau)
+            active = active & (size > 0)
+        return z
+
+    stage = max(tau, 0.02)
+    z = newton(log_mu.masked_fill(~valid, 0), stage)
+    while stage > tau:
+        after = max(stage / 4, tau)
+        z = newton(log_mu + (z - log_mu) * (stage / after), after)
+        stage = after
+    pi, gain, _, _ = evaluate(z, tau)
     again = torch.softmax((log_mu + gain / tau).masked_fill(~valid, -torch.inf), -1)
     return pi, (again - pi).abs().amax(-1)
 
