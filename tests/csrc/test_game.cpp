@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include <random>
 #include <vector>
@@ -237,6 +238,52 @@ static void test_aggregate(std::mt19937& random) {
   EXPECT(seen == 2 * given);
 }
 
+// Games whose entries lie past 2^32: the arrays are address space, only the pages touched exist.
+static void test_far_games(std::mt19937& random) {
+  const int k = 5;
+  const int64_t games = (int64_t(1) << 32) / (k * k) + 7, far = games - 2;
+  const auto reserve = [](int64_t bytes) {
+    void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return at == MAP_FAILED ? nullptr : at;
+  };
+  float* x = static_cast<float*>(reserve(games * k * k * 4));
+  float* win = static_cast<float*>(reserve(games * k * 4));
+  double* strategy = static_cast<double*>(reserve(games * k * 8));
+  double* residual = static_cast<double*>(reserve(games * 8));
+  if (!x || !win || !strategy || !residual) {
+    printf("far games: not run, address space is limited here\n");
+    return;
+  }
+  const Batch<float> b = random_games<float>(random, 1, k, false);
+  for (int c = 0; c < k * k; ++c) x[far * k * k + c] = b.x[c];
+  TargetsArgs<float> t{};
+  t.x = x;
+  t.games = games;
+  t.k = k;
+  t.mode = kProb;
+  t.win = win;
+  targets_thread<k, float>(t, far);
+  std::vector<float> near(k), scratch(2 * k);
+  t.x = b.x.data();
+  t.win = near.data();
+  targets_team(Solo(), t, 0, scratch.data(), scratch.data() + k);
+  for (int i = 0; i < k; ++i) EXPECT(win[far * k + i] == near[i]);
+
+  SolverArgs<float> a{};
+  a.x = x;
+  a.games = games;
+  a.k = k;
+  a.out = strategy;
+  a.residual = residual;
+  std::vector<double> work(Simplex::doubles(k));
+  std::vector<int> ints(Simplex::ints(k));
+  Simplex::run(Solo(), a, far, work.data(), ints.data());
+  double total = 0;
+  for (int i = 0; i < k; ++i) total += strategy[far * k + i];
+  EXPECT(fabs(total - 1) < 1e-12 && residual[far] < 1e-12);
+}
+
 int main(int argc, char** argv) {
   const unsigned seed = argc > 1 ? unsigned(strtoul(argv[1], nullptr, 10)) : 0;
   std::mt19937 random(seed);
@@ -254,6 +301,7 @@ int main(int argc, char** argv) {
   test_exp<float>(4e-7f);
   test_exp<double>(1e-15);
   test_aggregate(random);
+  test_far_games(random);
   printf("seed %u: %d failures\n", seed, failures);
   return failures != 0;
 }
