@@ -263,12 +263,20 @@ def _check(
     if bool((i == j).any()):
         at = int((i == j).int().argmax())
         raise ValueError(f"j: response {int(j[at])} is compared with itself in comparison {at}")
-    _values(outcome, "outcome", "in [0, 1]", (outcome >= 0) & (outcome <= 1))
+    _values(outcome, "outcome", "in [0, 1]", 1.0)
     if weight is not None:
-        _values(weight, "weight", "finite and at least 0", (weight >= 0) & weight.isfinite())
+        _values(weight, "weight", "finite and at least 0", torch.finfo(weight.dtype).max)
+
+
+def _within(column: Tensor, low: float, high: float) -> bool:
+    """Whether all values lie in [low, high]; NaN does not. One pass, no temporaries."""
+    least, most = torch.aminmax(column)
+    return bool(least >= low) and bool(most <= high)
 
 
 def _in_range(index: Tensor, name: str, limit: int | Tensor, game: Tensor) -> None:
+    if isinstance(limit, int) and _within(index, 0, limit - 1):
+        return
     good = (index >= 0) & (index < limit)
     if not bool(good.all()):
         at = int((~good).int().argmax())
@@ -279,7 +287,7 @@ def _in_range(index: Tensor, name: str, limit: int | Tensor, game: Tensor) -> No
         )
 
 
-def _values(column: Tensor, name: str, wanted: str, good: Tensor) -> None:
-    if not bool(good.all()):
-        at = int((~good).int().argmax())
+def _values(column: Tensor, name: str, wanted: str, high: float) -> None:
+    if not _within(column, 0, high):
+        at = int((~((column >= 0) & (column <= high))).int().argmax())
         raise ValueError(f"{name}: expected values {wanted}, got {float(column[at])} at {at}")

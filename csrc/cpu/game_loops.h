@@ -123,6 +123,47 @@ static void load_lanes(const T* x, int64_t first, int64_t last, int64_t size,
   }
 }
 
+// Win rates and targets of the games in the lanes. A row of k <= W values is stored as a whole
+// vector: what it writes past its end belongs to the next games and is overwritten by them, so only
+// rows near `end`, where other threads or nobody's memory follow, are stored by their length.
+template <class T>
+static void store_rows(const TargetsArgs<T>& a, int64_t g, int filled, int64_t end,
+                       const typename LanesFor<T>::V* win) {
+  using V = typename LanesFor<T>::V;
+  constexpr int W = Lanes<V>::kWidth;
+  const int k = a.k;
+  const T eta = static_cast<T>(a.eta);
+#if defined(SPPO_HAS_SHUFFLE)
+  if (k <= W) {
+    V rows[W];
+    for (int i = 0; i < W; ++i) rows[i] = i < k ? win[i] : V{};
+    transpose<V>(rows);
+    for (int l = 0; l < filled; ++l) {
+      const int64_t at = (g + l) * k;
+      const V target = eta * (rows[l] - T(0.5));
+      const bool whole = at + W <= end * k;
+      const int64_t bytes = static_cast<int64_t>(sizeof(T)) * k;
+      if (whole) {
+        if (a.win) __builtin_memcpy(a.win + at, &rows[l], sizeof(V));
+        if (a.target) __builtin_memcpy(a.target + at, &target, sizeof(V));
+      } else {
+        if (a.win) __builtin_memcpy(a.win + at, &rows[l], bytes);
+        if (a.target) __builtin_memcpy(a.target + at, &target, bytes);
+      }
+    }
+    return;
+  }
+#endif
+  const T* win_of = reinterpret_cast<const T*>(win);
+  for (int l = 0; l < filled; ++l) {
+    for (int i = 0; i < k; ++i) {
+      const T w = win_of[i * W + l];
+      if (a.win) a.win[(g + l) * k + i] = w;
+      if (a.target) a.target[(g + l) * k + i] = eta * (w - T(0.5));
+    }
+  }
+}
+
 template <class T>
 static void targets(const TargetsArgs<T>& a, int64_t begin, int64_t end, void* work) {
   using V = typename LanesFor<T>::V;
@@ -146,18 +187,12 @@ static void targets(const TargetsArgs<T>& a, int64_t begin, int64_t end, void* w
       length[l] = length_of(a, g + l);
       count[l] = static_cast<T>(length_of(a, g + l));
     }
-    Picked<V> picked;
+    Picked<V> picked{};
     const auto at = [x, k](int i, int j) { return x[i * k + j]; };
     targets_solo<V>(at, k, length, count, a.mode, a.include_self, win, score, picked);
 
-    const T* win_of = reinterpret_cast<const T*>(win);
-    const T eta = static_cast<T>(a.eta);
+    store_rows<T>(a, g, filled, end, win);
     for (int l = 0; l < filled; ++l) {
-      for (int i = 0; i < k; ++i) {
-        const T w = win_of[i * W + l];
-        if (a.win) a.win[(g + l) * k + i] = w;
-        if (a.target) a.target[(g + l) * k + i] = eta * (w - T(0.5));
-      }
       if (a.best) a.best[g + l] = picked.best[l];
       if (a.worst) a.worst[g + l] = picked.worst[l];
     }

@@ -15,7 +15,7 @@ namespace game {
 inline namespace SPPO_GAME_ISA {
 
 struct BradleyTerry {
-  static constexpr SPPO_HD int64_t doubles(int64_t k) { return 2 * k * k + 2 * k; }
+  static constexpr SPPO_HD int64_t doubles(int64_t k) { return 3 * k * k + 3 * k; }
   static constexpr SPPO_HD int64_t ints(int64_t k) { return k; }
 
   template <class Team, class T>
@@ -23,8 +23,10 @@ struct BradleyTerry {
                           int* reached) {
     const int n = length_of(a, g);
     double* wins = work;
-    double* m = wins + static_cast<int64_t>(n) * n;
+    double* losses = wins + static_cast<int64_t>(n) * n;
+    double* m = losses + static_cast<int64_t>(n) * n;
     double* theta = m + static_cast<int64_t>(n) * (n + 1);
+    double* power = theta + n;
     double heaviest = 0.0;
     for (int i = team.rank(); i < n; i += team.size()) {
       theta[i] = 0.0;
@@ -33,6 +35,7 @@ struct BradleyTerry {
         const double count = a.counts ? static_cast<double>(a.counts[at]) : 1.0;
         const double won = i == j ? 0.0 : static_cast<double>(a.x[at]) * count;
         wins[i * n + j] = won;
+        losses[j * n + i] = won;
         heaviest = won > heaviest ? won : heaviest;
       }
     }
@@ -49,7 +52,7 @@ struct BradleyTerry {
       return;
     }
     for (int step = 0; step < 200; ++step) {
-      fill_newton(team, wins, theta, heaviest, n, m);
+      fill_newton(team, wins, losses, theta, power, heaviest, n, m);
       solve_in_place(team, m, n);
       double low = m[n], high = m[n];
       for (int i = 1; i < n; ++i) {
@@ -63,7 +66,7 @@ struct BradleyTerry {
         theta[i] += reach * m[static_cast<int64_t>(i) * (n + 1) + n];
       }
       team.sync();
-      if (!(spread > 1e-9)) break;  // quadratic: the error left is of the order of its square
+      if (!(spread > 1e-7)) break;  // quadratic: the error left is of the order of its square
     }
     double mean = 0.0;
     for (int i = 0; i < n; ++i) mean += theta[i];
@@ -75,19 +78,39 @@ struct BradleyTerry {
  private:
   static SPPO_HD double nan_value() { return bits_of<double>(int64_t(0x7ff8000000000000LL)); }
 
-  // m = [H + c 11^T | gradient] of the log-likelihood at theta.
+  // m = [H + c 11^T | gradient] of the log-likelihood at theta. Strengths that lie within e^700 of
+  // each other need one exponential a response: P(i beats j) = e_i / (e_i + e_j).
   template <class Team>
-  static SPPO_HD void fill_newton(const Team& team, const double* wins, const double* theta,
-                                  double heaviest, int n, double* m) {
+  static SPPO_HD void fill_newton(const Team& team, const double* wins, const double* losses,
+                                  const double* theta, double* power, double heaviest, int n,
+                                  double* m) {
+    double low = theta[0], high = theta[0];
+    for (int i = 1; i < n; ++i) {
+      low = theta[i] < low ? theta[i] : low;
+      high = theta[i] > high ? theta[i] : high;
+    }
+    const bool far_apart = !(high - low < 700.0);
+    const double middle = 0.5 * (low + high);
+    for (int i = team.rank(); i < n && !far_apart; i += team.size()) {
+      power[i] = exp_of<double>(theta[i] - middle);
+    }
+    team.sync();
     for (int i = team.rank(); i < n; i += team.size()) {
       double* row = m + static_cast<int64_t>(i) * (n + 1);
+      const double* won = wins + static_cast<int64_t>(i) * n;
+      const double* lost = losses + static_cast<int64_t>(i) * n;
       double gradient = 0.0, diagonal = 0.0;
       for (int j = 0; j < n; ++j) {
-        const double won = wins[i * n + j], lost = wins[j * n + i];
         double p, q;
-        logistic_pair<double>(theta[i] - theta[j], p, q);
-        const double curvature = (won + lost) * p * q;
-        gradient += won * q - lost * p;
+        if (far_apart) {
+          logistic_pair<double>(theta[i] - theta[j], p, q);
+        } else {
+          const double inverse = 1.0 / (power[i] + power[j]);
+          p = power[i] * inverse;
+          q = power[j] * inverse;
+        }
+        const double curvature = (won[j] + lost[j]) * p * q;
+        gradient += won[j] * q - lost[j] * p;
         diagonal += curvature;
         row[j] = heaviest - curvature;
       }

@@ -7,8 +7,8 @@ namespace sppo {
 namespace game {
 inline namespace SPPO_GAME_ISA {
 
-// Solves M s = b by Gauss-Jordan elimination with partial pivoting; `m` is n x (n + 1) with b as
-// its last column and is destroyed; s lands in that column. Rows are shared out over the team.
+// Solves M s = b by Gaussian elimination with partial pivoting; `m` is n x (n + 1) with b as its
+// last column and is destroyed; s lands in that column. Rows are shared out over the team.
 template <class Team>
 SPPO_HD void solve_in_place(const Team& team, double* m, int n) {
   const int ld = n + 1;
@@ -32,15 +32,21 @@ SPPO_HD void solve_in_place(const Team& team, double* m, int n) {
     }
     team.sync();
     const double inverse = 1.0 / m[c * ld + c];
-    for (int i = team.rank(); i < n; i += team.size()) {
-      if (i == c) continue;
-      const double factor = m[i * ld + c] * inverse;
-      for (int j = c + 1; j <= n; ++j) m[i * ld + j] -= factor * m[c * ld + j];
+    for (int i = c + 1 + team.rank(); i < n; i += team.size()) {
+      double* row = m + i * ld;
+      const double* pivot = m + c * ld;
+      const double factor = row[c] * inverse;
+      for (int j = c + 1; j <= n; ++j) row[j] -= factor * pivot[j];
     }
     team.sync();
   }
-  for (int i = team.rank(); i < n; i += team.size()) m[i * ld + n] /= m[i * ld + i];
-  team.sync();
+  for (int c = n - 1; c >= 0; --c) {
+    const double s = m[c * ld + n] / m[c * ld + c];
+    team.sync();
+    if (team.rank() == 0) m[c * ld + n] = s;
+    for (int i = team.rank(); i < c; i += team.size()) m[i * ld + n] -= m[i * ld + c] * s;
+    team.sync();
+  }
 }
 
 // out = softmax(z) over n entries; every member takes part, and all see the result.

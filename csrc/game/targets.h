@@ -167,7 +167,7 @@ SPPO_HD void targets_team(const Team& team, const TargetsArgs<T>& a, int64_t g, 
   }
   team.sync();
   const T* by = a.mode == kUclaml ? score : win;
-  Picked<T> picked;
+  Picked<T> picked{};
   picked.start(by[0]);
   for (int i = 1; i < n; ++i) picked.see(by[i], i, true);
   if (team.rank() == 0) {
@@ -191,7 +191,7 @@ SPPO_HD void targets_thread(const TargetsArgs<T>& a, int64_t g) {
   const T* x = a.x + g * K * K;
   const auto at = [x](int i, int j) { return x[i * K + j]; };
   const int n = length_of(a, g);
-  Picked<T> picked;
+  Picked<T> picked{};
   targets_solo<T>(at, K, n, static_cast<T>(n), a.mode, a.include_self, win, score, picked);
   T prob = T(0);
   if (a.mode == kUclaml) {

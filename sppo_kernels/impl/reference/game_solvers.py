@@ -182,7 +182,7 @@ def bradley_terry(
             -1
         )
         theta = theta + d / (1 + spread / 2)[:, None]
-        if not bool((spread > 1e-9).any()):
+        if not bool((spread > 1e-7).any()):
             break
     theta = theta - theta.sum(-1, keepdim=True) / n
     theta = theta.masked_fill(~connected[:, None], torch.nan).masked_fill(~valid, 0)
