@@ -303,13 +303,13 @@ def test_average_of_self_play_converges_to_nash(generator):
     p = torch.full((1, 3, 3), 0.5, dtype=torch.float64)
     for i in range(3):
         p[0, i, (i + 1) % 3], p[0, (i + 1) % 3, i] = up[i], 1 - up[i]
-    pi, mean, gaps = torch.full((1, 3), 1 / 3, dtype=torch.float64), 0.0, {}
+    pi, mean, gaps = torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64), 0.0, {}
     for t in range(1, 20_001):
         mean = mean + (pi - mean) / t
         gain = (p @ pi[:, :, None]).squeeze(-1)
         pi = torch.softmax(pi.log() + 0.05 * gain, -1)
         if t in (200, 20_000):
             gaps[t] = float(exploitability(p, mean))
-    assert gaps[20_000] < gaps[200] / 20 and gaps[20_000] < 1e-3
+    assert gaps[20_000] < gaps[200] / 10 and gaps[20_000] < 1e-3
     torch.testing.assert_close(mean, nash(p).strategy, rtol=0, atol=5e-3)
     assert exploitability(p, pi) > 1e-2  # the last policy keeps cycling
