@@ -69,7 +69,7 @@ def test_cuda_games_compile_without_spills(tmp_path):
         assert len(entries) == len(frames) >= 16
         for name, (stack, stores, loads) in zip(entries, frames, strict=True):
             assert (stores, loads) == ("0", "0"), (source.name, arch, name)
-            in_registers = "thread_kernel" not in name or "targets_thread_kernelILi5" in name
+            in_registers = "thread_kernel" not in name or "targets_thread_kernelILi5Ef" in name
             assert stack == "0" or not in_registers, (source.name, arch, name)
 
 
