@@ -299,11 +299,12 @@ def test_real_comparisons_agree_with_evalica():
 
 def test_average_of_self_play_converges_to_nash(generator):
     """Tabular SPPO, pi_{t+1} ~ pi_t exp(eta P(. > pi_t)), on a cycle: the mean policy settles."""
-    up = 0.7 + 0.2 * torch.rand(3, generator=generator, dtype=torch.float64)  # 0 > 1 > 2 > 0
+    up = 0.05 * torch.rand(3, generator=generator, dtype=torch.float64)  # 0 > 1 > 2 > 0
+    up += torch.tensor([0.7, 0.78, 0.86])  # unequal: the equilibrium is not where play starts
     p = torch.full((1, 3, 3), 0.5, dtype=torch.float64)
     for i in range(3):
         p[0, i, (i + 1) % 3], p[0, (i + 1) % 3, i] = up[i], 1 - up[i]
-    pi, mean, gaps = torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64), 0.0, {}
+    pi, mean, gaps = torch.full((1, 3), 1 / 3, dtype=torch.float64), 0.0, {}
     for t in range(1, 20_001):
         mean = mean + (pi - mean) / t
         gain = (p @ pi[:, :, None]).squeeze(-1)
@@ -312,4 +313,4 @@ def test_average_of_self_play_converges_to_nash(generator):
             gaps[t] = float(exploitability(p, mean))
     assert gaps[20_000] < gaps[200] / 10 and gaps[20_000] < 1e-3
     torch.testing.assert_close(mean, nash(p).strategy, rtol=0, atol=5e-3)
-    assert exploitability(p, pi) > 1e-2  # the last policy keeps cycling
+    assert exploitability(p, pi) > 5e-3  # the last policy keeps cycling
