@@ -95,8 +95,6 @@ class BuildNative(build_ext):
         home = cuda_home()
         build = Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
-        headers = max((p.stat().st_mtime for p in ROOT.glob("csrc/**/*.h")), default=0.0)
-        headers = max(headers, (ROOT / "setup.py").stat().st_mtime)
 
         cxx = list(self.compiler.compiler_so_cxx or self.compiler.compiler_so)
         flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fopenmp-simd"]
@@ -134,13 +132,20 @@ class BuildNative(build_ext):
         jobs = []
         for source in sources:
             target = build / f"{source.parent.name}_{source.name}.o"
-            newest = max(source.stat().st_mtime, headers)
-            if self.force or not target.exists() or target.stat().st_mtime < newest:
-                jobs.append(command(source, target))
+            job = command(source, target)
+            folders = {"cuda": ("cuda", "game", "cpu"), "cpu": ("cpu", "game")}
+            headers = [h for f in folders.get(source.parent.name, ("cpu",))
+                       for h in (CSRC / f).glob("*.h")]  # fmt: skip
+            newest = max(p.stat().st_mtime for p in (source, *headers))
+            # The command is part of what an object depends on: other flags, another object.
+            told = target.with_suffix(".command")
+            same = told.exists() and told.read_text() == "\n".join(job)
+            if self.force or not same or not target.exists() or target.stat().st_mtime < newest:
+                jobs.append((job, told))
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            for result in pool.map(self._compile_one, jobs):
-                if result is not None:
-                    raise RuntimeError(result)
+            for error in pool.map(self._compile_one, jobs):
+                if error is not None:
+                    raise RuntimeError(error)
 
         objects = [str(build / f"{s.parent.name}_{s.name}.o") for s in sources]
         link = ["-Wl,--no-as-needed"] if sys.platform.startswith("linux") else []
@@ -164,12 +169,14 @@ class BuildNative(build_ext):
         return [f"-isystem{p}" for p in self.include_dirs]
 
     @staticmethod
-    def _compile_one(command: list[str]) -> str | None:
+    def _compile_one(job: tuple[list[str], Path]) -> str | None:
+        command, told = job
         done = subprocess.run(command, capture_output=True, text=True)
         if done.stderr.strip():
             print(done.stderr, file=sys.stderr)
         if done.returncode:
             return f"`{' '.join(command)}` failed:\n{done.stderr}"
+        told.write_text("\n".join(command))
         return None
 
 

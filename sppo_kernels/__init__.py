@@ -1,23 +1,52 @@
 """Fused kernels, preference games and a thin trainer for Self-Play Preference Optimization."""
 
+from sppo_kernels.comparisons import aggregate, load_comparisons
+from sppo_kernels.games import bradley_terry, nash, regularized_nash, tournament
 from sppo_kernels.linear_logps import linear_sequence_logps, linear_token_logps
 from sppo_kernels.logps import sequence_logps, token_logps
 from sppo_kernels.loss import fused_linear_sppo_loss, fused_sppo_loss, sppo_loss
 from sppo_kernels.nn import FusedLinearSPPOLoss, FusedSPPOLoss, SPPOLoss
-from sppo_kernels.types import SPPOOutput
+from sppo_kernels.preference import select_pairs, sppo_targets, symmetrize, win_rates
+from sppo_kernels.types import (
+    Aggregate,
+    Comparisons,
+    Equilibrium,
+    Pairs,
+    SPPOOutput,
+    SPPOTargets,
+    Strengths,
+    Tournament,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Aggregate",
+    "Comparisons",
+    "Equilibrium",
     "FusedLinearSPPOLoss",
     "FusedSPPOLoss",
+    "Pairs",
     "SPPOLoss",
     "SPPOOutput",
+    "SPPOTargets",
+    "Strengths",
+    "Tournament",
+    "aggregate",
+    "bradley_terry",
     "fused_linear_sppo_loss",
     "fused_sppo_loss",
     "linear_sequence_logps",
     "linear_token_logps",
+    "load_comparisons",
+    "nash",
+    "regularized_nash",
+    "select_pairs",
     "sequence_logps",
     "sppo_loss",
+    "sppo_targets",
+    "symmetrize",
     "token_logps",
+    "tournament",
+    "win_rates",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -18,6 +19,12 @@ logger = logging.getLogger("sppo_kernels")
 
 IMPLS = ("reference", "triton", "native")
 _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def traced_as_constant(function: Callable) -> Callable:
+    """What torch.compiler.assume_constant_result does, without its import of torch._dynamo."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 @cache
@@ -81,6 +88,7 @@ def _auto(device_type: str, dtype: torch.dtype) -> str:
     return "reference"
 
 
+@traced_as_constant
 def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
     """The implementation to run for `impl` in "auto", "reference", "triton", "native".
 
@@ -96,7 +104,3 @@ def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
     if why is not None:
         raise RuntimeError(f"impl={impl!r} cannot run here: {why}")
     return impl
-
-
-# What torch.compiler.assume_constant_result sets, without its import of all of torch._dynamo.
-resolve._dynamo_marked_constant = True

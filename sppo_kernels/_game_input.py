@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sppo_kernels._backend import checks_enabled, logger, native_error
+from sppo_kernels._backend import checks_enabled, logger, native_error, traced_as_constant
 
 IMPLS = ("reference", "native")
 GAP_WARNING = 1e-2  # judges round to two digits; more than that is a bias, not rounding
@@ -115,7 +115,7 @@ def _auto(device_type: str) -> str:
     return impl
 
 
-@torch.compiler.assume_constant_result
+@traced_as_constant
 def _resolve(impl: str, device_type: str) -> str:
     if impl == "auto":
         return _auto(device_type)
