@@ -1,7 +1,7 @@
 """Block sizes and warps: fixed by dtype and vocabulary size, never tuned at run time.
 
 A timing decides nothing here, so the same input takes the same reduction order on every run. The
-reasons are those of docs/decisions-triton.md; docs/kernels.md lists what the compiler made of them.
+reasons are those of docs/decisions.md; docs/kernels.md lists what the compiler made of them.
 """
 
 from __future__ import annotations
