@@ -36,7 +36,7 @@ def backbone(lm: nn.Module) -> nn.Module:
     inner = getattr(lm, getattr(lm, "base_model_prefix", "") or "model", None)
     if inner is None or inner is lm:
         raise HeadProbeError(f"{type(lm).__name__} has no base model that yields hidden states")
-    return inner
+    return getattr(inner, "decoder", inner)  # OPT's head sits on its decoder
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from sppo_kernels.trainer import packing, reference
+from sppo_kernels.trainer import reference
 from sppo_kernels.trainer.collator import SPPOCollator
 from sppo_kernels.trainer.config import SPPOConfig
 from sppo_kernels.trainer.forward import LossForward, probe
@@ -155,9 +155,9 @@ class SPPOTrainer(Trainer):
         # Neighbours in length together: little padding, and the longest first fails first.
         order = sorted(range(len(data)), key=lambda i: -data[i]["length"])[rank::world]
         found: dict[int, list[float]] = {}
-        model, forward, restore = self.model, self._forward, None
+        model, forward = self.model, self._forward
         if self.ref_model is not None:
-            forward, model, restore = self._reference_forward()
+            model, forward = self.ref_model, self._reference_forward()
         disable = getattr(model, "disable_adapter", contextlib.nullcontext)
         training = model.training
         model.eval()
@@ -174,8 +174,6 @@ class SPPOTrainer(Trainer):
                 bar.update(len(chosen))
         bar.close()
         model.train(training)
-        if restore is not None:
-            restore()
         if world > 1:
             from accelerate.utils import gather_object
 
@@ -186,11 +184,9 @@ class SPPOTrainer(Trainer):
         """The precision of training, also for the reference: equal weights give equal numbers."""
         return self.accelerator.autocast()
 
-    def _reference_forward(self):
-        model = self.ref_model.to(self.args.device)
-        lm = causal_lm(model)
-        forward, packed = probe(
-            model,
+    def _reference_forward(self) -> LossForward:
+        forward, _ = probe(
+            self.ref_model.to(self.args.device),
             [self.train_dataset[0]],
             head=self.args.head,
             packing_mode="shared" if self.collator.packed else "padded",
@@ -198,7 +194,7 @@ class SPPOTrainer(Trainer):
             device=self.args.device,
             settings=self._forward.settings,
         )
-        return forward, model, lambda: lm
+        return forward
 
     def step_zero_check(self) -> float:
         """With the policy as its own reference the loss must be exactly mean (η (w − ½))².
@@ -232,9 +228,7 @@ class SPPOTrainer(Trainer):
             eta=self.args.eta,
             units=self.args.loss_units,
         )
-        if not torch.equal(loss.detach(), expected) and not torch.allclose(
-            loss.detach(), expected, rtol=1e-6
-        ):
+        if not torch.allclose(loss.detach(), expected, rtol=1e-6, atol=0):
             raise RuntimeError(
                 f"step 0: with an equal reference the loss is {float(loss)}, expected "
                 f"{float(expected)}; log-probs with and without gradient differ by up to "
@@ -320,5 +314,3 @@ class SPPOTrainer(Trainer):
                 logs["eval_loss"] = found[f"loss_{self.args.loss_units}"]
         super().log(logs, start_time)
 
-
-__all__ = ["SPPOTrainer", "packing"]
