@@ -14,6 +14,7 @@ OVERLONG = ("refuse", "drop", "truncate")
 PACKING = ("auto", "shared", "padded")
 HEADS = ("auto", "fused", "logits")
 UNITS = ("win_rate", "log_ratio")
+OBJECTIVES = ("sppo", "dpo")
 
 
 @dataclass
@@ -27,6 +28,11 @@ class SPPOConfig(TrainingArguments):
     eta: float = field(
         default=1000.0, metadata={"help": "Step size of self-play, 1/beta of the paper."}
     )
+    objective: str = field(
+        default="sppo",
+        metadata={"help": "'sppo', or 'dpo' on the best and worst response, for comparison."},
+    )
+    dpo_beta: float = field(default=0.1, metadata={"help": "Beta of the 'dpo' objective."})
     loss_units: str = field(
         default="win_rate",
         metadata={
@@ -91,10 +97,13 @@ class SPPOConfig(TrainingArguments):
             "packing": PACKING,
             "head": HEADS,
             "loss_units": UNITS,
+            "objective": OBJECTIVES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        if self.objective == "dpo":
+            self.pairs = "best_worst"  # DPO's loss is that of a pair
         if not self.eta > 0:
             raise ValueError(f"eta: expected a number above 0, got {self.eta}")
         if self.max_length < 2:

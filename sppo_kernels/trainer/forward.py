@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sppo_kernels import fused_linear_sppo_loss, fused_sppo_loss
+from sppo_kernels import (
+    fused_linear_sppo_loss,
+    fused_sppo_loss,
+    linear_sequence_logps,
+    sequence_logps,
+)
 from sppo_kernels.trainer import packing
 from sppo_kernels.trainer.collator import HostBatch, SPPOCollator
 from sppo_kernels.trainer.head import (
@@ -59,25 +64,36 @@ class LossForward:
         win = host.win_rate.to(device, non_blocking=True)
         ref = host.ref_logps if host.ref_logps is not None else torch.zeros_like(host.win_rate)
         ref = ref.to(device, non_blocking=True)
+        settings = dict(self.settings)
+        beta = settings.pop("dpo_beta", None)
         if self.head is None:
             logits = self.original(input_ids=input_ids, use_cache=False, **kwargs).logits
             logits = logits.flatten(0, 1).index_select(0, host.rows.to(device))
-            settings = {k: v for k, v in self.settings.items() if k != "memory_budget"}
-            labels = host.labels.to(device)
-            return fused_sppo_loss(logits, labels, ref, win, host.cu_seqlens, **settings)
-        hidden = backbone(self.lm)(input_ids=input_ids, use_cache=False, **kwargs)[0]
-        weight, bias = self.head.parameters()
-        if not torch.is_autocast_enabled(device.type):
-            weight = weight.to(hidden.dtype)
-            bias = None if bias is None else bias.to(hidden.dtype)
-        return fused_linear_sppo_loss(
-            *(hidden, weight, host.labels, ref, win, host.cu_seqlens),
-            rows=host.rows,
-            bias=bias,
-            logit_scale=self.head.logit_scale,
-            softcap=self.head.softcap,
-            **self.settings,
-        )
+            settings.pop("memory_budget")
+            inputs = (logits, host.labels.to(device))
+            fused, plain = fused_sppo_loss, sequence_logps
+        else:
+            hidden = backbone(self.lm)(input_ids=input_ids, use_cache=False, **kwargs)[0]
+            weight, bias = self.head.parameters()
+            if not torch.is_autocast_enabled(device.type):
+                weight = weight.to(hidden.dtype)
+                bias = None if bias is None else bias.to(hidden.dtype)
+            settings |= {
+                "rows": host.rows,
+                "bias": bias,
+                "logit_scale": self.head.logit_scale,
+                "softcap": self.head.softcap,
+            }
+            inputs = (hidden, weight, host.labels)
+            fused, plain = fused_linear_sppo_loss, linear_sequence_logps
+        if beta is None:
+            return fused(*inputs, ref, win, host.cu_seqlens, **settings)
+        for name in ("eta", "units"):
+            settings.pop(name)
+        logps = plain(*inputs, host.cu_seqlens, **settings)
+        ratio = (logps - ref).view(-1, 2)  # best and worst of each prompt
+        loss = -torch.nn.functional.logsigmoid(beta * (ratio[:, 0] - ratio[:, 1])).mean()
+        return loss, logps.detach()
 
 
 def probe(

@@ -105,12 +105,7 @@ class SPPOTrainer(Trainer):
                 packing_mode=self.args.packing,
                 impl=self.args.impl,
                 device=self.args.device,
-                settings={
-                    "eta": self.args.eta,
-                    "units": self.args.loss_units,
-                    "memory_budget": self.args.memory_budget,
-                    "impl": self.args.impl,
-                },
+                settings=self._loss_settings(),
             )
             self.collator.packed = packed
             self._forward.install()
@@ -119,6 +114,14 @@ class SPPOTrainer(Trainer):
             if data is not None and name not in self._referenced:
                 setattr(self, f"{name}_dataset", self._with_reference(data, name))
                 self._referenced.add(name)
+
+    def _loss_settings(self) -> dict[str, Any]:
+        args = self.args
+        settings = {"eta": args.eta, "units": args.loss_units}
+        settings |= {"memory_budget": args.memory_budget, "impl": args.impl}
+        if args.objective == "dpo":
+            settings["dpo_beta"] = args.dpo_beta
+        return settings
 
     def release(self) -> None:
         """Give the model its own forward back."""
@@ -241,7 +244,8 @@ class SPPOTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Prepare (probe, reference, step-0 check), then train as transformers does."""
         self.prepare()
-        self.step_zero_check()
+        if self.args.objective == "sppo":
+            self.step_zero_check()
         self._stores["train"].reset()
         return super().train(*args, **kwargs)
 
@@ -310,7 +314,7 @@ class SPPOTrainer(Trainer):
         if evaluating or "loss" in logs:
             found = self._stores[store].pop()
             logs.update({prefix + k: v for k, v in found.items()})
-            if evaluating and found:  # the Trainer's own mean weighs batches, not responses
+            if evaluating and found and self.args.objective == "sppo":  # the Trainer's own mean weighs batches, not responses
                 logs["eval_loss"] = found[f"loss_{self.args.loss_units}"]
         super().log(logs, start_time)
 
