@@ -35,9 +35,9 @@ class DemoOptions:
     run_dir: str = _help("Folder of the run; one that exists is gone on with.", "runs/demo")
     seed: int = _help("Of everything random.", 0)
     rounds: int = _help("Rounds of self-play.", 3)
-    prompts_per_round: int = _help("Prompts of a round.", 192)
+    prompts_per_round: int = _help("Prompts of a round.", 256)
     eval_prompts: int = _help("Held-out prompts.", 160)
-    warmup_steps: int = _help("Steps of learning the package's sentences.", 500)
+    warmup_steps: int = _help("Steps of learning the package's sentences.", 400)
     hidden_size: int = _help("Of the model.", 128)
     baseline: str = _help("'dpo', or '' for none.", "dpo")
     quiet: bool = _help("No progress bars.", False)
@@ -169,6 +169,8 @@ def warm_up(folder: Path, options: DemoOptions) -> None:
 
 def demo(options: DemoOptions) -> dict[str, Any]:
     """Warm up, play, measure; returns the results of `iterate`."""
+    # The work of a step is milliseconds: on busy cores more threads wait for each other.
+    torch.set_num_threads(1)
     folder = Path(options.run_dir)
     start = whole_folder(folder / "warm-start", lambda path: warm_up(path, options))
     prompts = make_prompts(
@@ -183,10 +185,10 @@ def demo(options: DemoOptions) -> dict[str, Any]:
         seed=options.seed,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=32,
-        num_train_epochs=4,
-        learning_rate=5e-4,
+        num_train_epochs=6,
+        learning_rate=1e-3,
         lr_scheduler_type="linear",
-        eta=20.0,
+        eta=100.0,
         dpo_beta=0.1,
         max_length=96,
         logging_steps=6,

@@ -109,6 +109,7 @@ def load_model(options: ModelOptions, path: str | None = None) -> tuple[Any, Any
     import torch
 
     transformers = require("transformers")
+    transformers.utils.logging.disable_progress_bar()  # of loading shards; ours show the stages
     path = path or options.model
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
     if dtype is None:

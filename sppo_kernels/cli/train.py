@@ -11,6 +11,8 @@ from sppo_kernels.cli.options import ModelOptions, _help, load_model, needed, pa
 from sppo_kernels.data import require
 
 require("transformers")
+from transformers import PrinterCallback  # noqa: E402
+
 from sppo_kernels.trainer import SPPOConfig, SPPOTrainer  # noqa: E402
 
 
@@ -52,6 +54,8 @@ def train(
     trainer = SPPOTrainer(
         model, args, rows, eval_rows, processing_class=tokenizer, peft_config=peft_config
     )
+    if args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)  # quiet; the log is in trainer.state.log_history
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
     return trainer
 
