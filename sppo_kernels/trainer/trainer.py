@@ -190,7 +190,7 @@ class SPPOTrainer(Trainer):
     def _reference_forward(self) -> LossForward:
         forward, _ = probe(
             self.ref_model.to(self.args.device),
-            [self.train_dataset[0]],
+            [(self.train_dataset if self.train_dataset is not None else self.eval_dataset)[0]],
             head=self.args.head,
             packing_mode="shared" if self.collator.packed else "padded",
             impl=self.args.impl,
