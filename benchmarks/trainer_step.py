@@ -1,8 +1,9 @@
-"""One trainer, one process: `python -m benchmarks.trainer_step ours|trl|bare` prints a JSON line.
+"""One trainer, one process: `python -m benchmarks.trainer_step ours|trl` prints a JSON line.
 
 All train the same Llama on the same pairs of token ids with hard labels: `ours` is SPPOTrainer,
-`trl` is TRL's DPOTrainer with `sppo_hard`, `bare` is ours without a Trainer: collated batches,
-the same loss, backward and optimizer step. Reference log-probs are computed before the clock starts.
+`trl` is TRL's DPOTrainer with `sppo_hard`. Reference log-probs are there before the clock starts.
+`outside` is the share of our time spent neither in the model's forward with the loss, nor in
+backward, nor in clipping and the optimizer's step: collation, bookkeeping and metrics.
 Lengths are log-normal, as those of real answers are (median 90 tokens, one in twenty over 300).
 """
 
@@ -62,20 +63,20 @@ def tokens_of(rows: list[dict]) -> int:
 
 
 def common(folder: str) -> dict:
-    return dict(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=2,
-        max_steps=STEPS,
-        per_device_train_batch_size=PAIRS,
-        per_device_eval_batch_size=PAIRS,
-        train_sampling_strategy="sequential",
-        learning_rate=1e-4,
-        bf16=False,
-    )
+    return {
+        "output_dir": folder,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 2,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": PAIRS,
+        "per_device_eval_batch_size": PAIRS,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": 1e-4,
+        "bf16": False,
+    }
 
 
 def ours(folder: str):
@@ -132,31 +133,48 @@ def trl(folder: str):
     return trainer
 
 
-class Bare:
-    """The work of a step and nothing else."""
+def timed_inside(trainer) -> list[float]:
+    """Make the trainer add up, in a list, CPU seconds of its real work, and of all work."""
+    total = [0.0]
 
-    def __init__(self, folder: str) -> None:
-        trainer = ours(folder)
-        self.forward, self.model = trainer._forward, trainer.model
-        rows = trainer.train_dataset
-        self.batches = [
-            trainer.collator([rows[i] for i in range(s * PAIRS, (s + 1) * PAIRS)])
-            for s in range(STEPS)
-        ]
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+    def timed(owner, name: str) -> None:
+        work = getattr(owner, name)
 
-    def train(self) -> None:
-        for batch in self.batches:
-            loss, _ = self.forward(**batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
-            self.optimizer.step()
-            self.model.zero_grad()
+        def wrapper(*args, **kwargs):
+            began = time.process_time()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                total[0] += time.process_time() - began
+
+        setattr(owner, name, wrapper)
+
+    timed(trainer._forward, "loss")
+    timed(trainer.accelerator, "backward")
+    timed(trainer.accelerator, "clip_grad_norm_")
+    trainer.create_optimizer()
+    timed(trainer.optimizer, "step")
+
+    from transformers import TrainerCallback
+
+    class Window(TrainerCallback):
+        """From the second step to the end: what starting a run costs is not a step's."""
+
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 1:
+                total[0], self.began = 0.0, time.process_time()
+
+        def on_train_end(self, args, state, control, **_):
+            total.append(time.process_time() - self.began)
+
+    trainer.add_callback(Window())
+    return total
 
 
 def main(which: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        trainer = {"ours": ours, "trl": trl, "bare": Bare}[which](folder)
+        trainer = {"ours": ours, "trl": trl}[which](folder)
+        inside = timed_inside(trainer) if which == "ours" else None
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # give back what preparing freed
         before = current_rss()
@@ -175,6 +193,8 @@ def main(which: str) -> None:
         "peak_extra_mib": (peak_rss() - before) / 2**20,
     }
     history = getattr(getattr(trainer, "state", None), "log_history", None)
+    if inside is not None:
+        found["outside"] = 1 - inside[0] / inside[1]
     if history:
         found["loss"] = history[0]["loss"]
     print(json.dumps(found))

@@ -67,8 +67,8 @@ def canonical_row(row: Mapping[str, Any], index: int = 0) -> dict[str, Any]:
     if "chosen" in row and "rejected" in row:
         return _from_pair(row, index)
     raise DataError(
-        f"row {index}: expected the columns prompt, responses and win_matrix or win_rate; or chosen "
-        f"and rejected; got {sorted(row)}"
+        f"row {index}: expected the columns prompt, responses and win_matrix or win_rate; or "
+        f"chosen and rejected; got {sorted(row)}"
     )
 
 
@@ -94,9 +94,7 @@ def _from_group(row: Mapping[str, Any], index: int) -> dict[str, Any]:
 
         rate = win_rates(matrix).tolist()
     else:
-        raise DataError(
-            f"row {index}: expected a column win_matrix or win_rate, got {sorted(row)}"
-        )
+        raise DataError(f"row {index}: expected a column win_matrix or win_rate, got {sorted(row)}")
     result["win_rate"] = rate
     for name in OPTIONAL:
         if row.get(name) is not None:

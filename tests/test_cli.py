@@ -14,11 +14,11 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-from sppo_kernels.cli import demo, main  # noqa: E402
-from sppo_kernels.cli.iterate import mean_with_interval, split_prompts  # noqa: E402
-from sppo_kernels.cli.options import OptionError  # noqa: E402
-from sppo_kernels.cli.stages import derive_seed, in_parts, whole_folder  # noqa: E402
-from sppo_kernels.data import read_parquet, write_parquet  # noqa: E402
+from sppo_kernels.cli import demo, main
+from sppo_kernels.cli.iterate import mean_with_interval, split_prompts
+from sppo_kernels.cli.options import OptionError
+from sppo_kernels.cli.stages import derive_seed, in_parts, whole_folder
+from sppo_kernels.data import read_parquet, write_parquet
 
 JUDGE = "sppo_kernels.cli.demo:judge"
 
@@ -29,7 +29,9 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start") / "model"
     whole_folder(
         folder,
-        lambda path: demo.warm_up(path, demo.DemoOptions(warmup_steps=3, hidden_size=32, quiet=True)),
+        lambda path: demo.warm_up(
+            path, demo.DemoOptions(warmup_steps=3, hidden_size=32, quiet=True)
+        ),
     )
     return folder
 
@@ -46,28 +48,28 @@ def flags(**values):
 
 
 def loop_flags(start, prompts, folder, **extra):
-    settings = dict(
-        model=start,
-        prompts=prompts,
-        run_dir=folder,
-        judge=JUDGE,
-        rounds=2,
-        num_responses=3,
-        max_new_tokens=6,
-        generate_batch_size=4,
-        eval_prompts=6,
-        eval_samples=2,
-        engine="transformers",
-        device="cpu",
-        use_cpu=True,
-        disable_tqdm=True,
-        max_length=64,
-        eta=10,
-        learning_rate=1e-2,
-        num_train_epochs=1,
-        per_device_train_batch_size=2,
-        logging_steps=1,
-    )
+    settings = {
+        "model": start,
+        "prompts": prompts,
+        "run_dir": folder,
+        "judge": JUDGE,
+        "rounds": 2,
+        "num_responses": 3,
+        "max_new_tokens": 6,
+        "generate_batch_size": 4,
+        "eval_prompts": 6,
+        "eval_samples": 2,
+        "engine": "transformers",
+        "device": "cpu",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_length": 64,
+        "eta": 10,
+        "learning_rate": 1e-2,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+    }
     return flags(**(settings | extra))
 
 

@@ -20,7 +20,7 @@ from sppo_kernels.judges import (
 
 transformers = pytest.importorskip("transformers")
 
-WORDS = "the cat sat on a mat and one dog ran far away".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "one", "dog", "ran", "far", "away"]
 MARKS = ["<|source|>", "<|candidate1|>", "<|candidate2|>"]
 
 
@@ -77,7 +77,9 @@ def checkpoint(request, tmp_path):
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    ids = dict(zip(("source", "cand1", "cand2"), tokenizer.convert_tokens_to_ids(MARKS), strict=True))
+    ids = dict(
+        zip(("source", "cand1", "cand2"), tokenizer.convert_tokens_to_ids(MARKS), strict=True)
+    )
     model = PairRMModel(config, ids).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -205,9 +207,7 @@ def test_a_position_bias_cancels_and_temperature_divides():
 
 def test_recorded_comparisons_become_odds(caplog):
     rows = [("a", "b", "left")] * 3 + [("b", "a", "left")] + [("a", "b", "tie")] * 2
-    table = [
-        {"prompt": "p", "response_x": x, "response_y": y, "winner": w} for x, y, w in rows
-    ]
+    table = [{"prompt": "p", "response_x": x, "response_y": y, "winner": w} for x, y, w in rows]
     judge = RecordedJudge(table, smoothing=0.5)
     logits = judge.logits(["p"], [["a", "b", "c"]])[0]
     assert float(logits[0, 1]) == pytest.approx(math.log(4.5 / 2.5))

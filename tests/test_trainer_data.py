@@ -10,11 +10,9 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-from scipy.stats import spearmanr  # noqa: E402
-from tests.test_trainer_step import ETA, config  # noqa: E402
-from tests.trainer_models import build, rows  # noqa: E402
+from scipy.stats import spearmanr
 
-from sppo_kernels.data import (  # noqa: E402
+from sppo_kernels.data import (
     DataError,
     OverLengthError,
     canonical_row,
@@ -23,11 +21,13 @@ from sppo_kernels.data import (  # noqa: E402
     to_uclaml,
     write_parquet,
 )
-from sppo_kernels.preference import win_rates  # noqa: E402
-from sppo_kernels.trainer import ReferenceCacheError, SPPOTrainer  # noqa: E402
-from sppo_kernels.trainer.metrics import preference_metrics  # noqa: E402
-from sppo_kernels.trainer.reference import FILE  # noqa: E402
-from sppo_kernels.trainer.tokenize import prepare_dataset  # noqa: E402
+from sppo_kernels.preference import win_rates
+from sppo_kernels.trainer import ReferenceCacheError, SPPOTrainer
+from sppo_kernels.trainer.metrics import preference_metrics
+from sppo_kernels.trainer.reference import FILE
+from sppo_kernels.trainer.tokenize import prepare_dataset
+from tests.test_trainer_step import ETA, config
+from tests.trainer_models import build, rows
 
 GOOD = {"prompt": "a", "responses": ["b", "c"], "win_matrix": [[0.5, 0.7], [0.3, 0.5]]}
 
@@ -37,11 +37,17 @@ def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {c: i + 4 for i, c in enumerate("abcde")}
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {
+        c: i + 4 for i, c in enumerate("abcde")
+    }
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=raw,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     )
     fast.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -214,7 +220,11 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(generator, tmp_path):
         model = build("qwen2")
         model.load_state_dict(start)
         args = config(
-            folder, max_steps=4, save_strategy="steps", save_steps=2, train_sampling_strategy="random"
+            folder,
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            train_sampling_strategy="random",
         )
         trainer = SPPOTrainer(model, args, data)
         if steps < 4:

@@ -8,11 +8,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-from tests.trainer_models import FAMILIES, build, rows  # noqa: E402
-
-from sppo_kernels.trainer import HeadProbeError  # noqa: E402
-from sppo_kernels.trainer.forward import probe  # noqa: E402
-from sppo_kernels.trainer.head import find_head, probe_head  # noqa: E402
+from sppo_kernels.trainer import HeadProbeError
+from sppo_kernels.trainer.forward import probe
+from sppo_kernels.trainer.head import find_head, probe_head
+from tests.trainer_models import FAMILIES, build, rows
 
 SETTINGS = {"eta": 5.0, "units": "log_ratio", "memory_budget": None, "impl": "auto"}
 

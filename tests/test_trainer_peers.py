@@ -9,10 +9,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
 
+from sppo_kernels.trainer import SPPOTrainer  # noqa: E402
 from tests.test_trainer_step import config  # noqa: E402
 from tests.trainer_models import build, rows  # noqa: E402
-
-from sppo_kernels.trainer import SPPOTrainer  # noqa: E402
 
 STEPS, BATCH, BETA = 6, 3, 0.2
 
@@ -42,7 +41,9 @@ def trl_trainer(model, data, folder, **settings):
         **settings,
     )
     text = Dataset.from_list([{"prompt": "a", "chosen": " a", "rejected": " a"}] * 2)
-    trainer = trl.DPOTrainer(model, copy.deepcopy(model), args=args, train_dataset=text, processing_class=tokenizer)
+    trainer = trl.DPOTrainer(
+        model, copy.deepcopy(model), args=args, train_dataset=text, processing_class=tokenizer
+    )
     trainer.train_dataset = Dataset.from_list(
         [
             {
@@ -60,13 +61,13 @@ def test_training_curve_is_that_of_sppo_hard(generator, tmp_path):
     data = rows(generator, STEPS * BATCH, 2, hard=True)
     model = build("llama-untied").eval()
     other = copy.deepcopy(model)
-    common = dict(
-        optim="sgd",
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        logging_steps=1,
-        gradient_checkpointing=False,
-    )
+    common = {
+        "optim": "sgd",
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+    }
     # Their loss, and so its gradient, is twice ours: half the learning rate makes the same steps.
     settings = config(tmp_path / "ours", eta=1 / BETA, learning_rate=2e-3, **common)
     ours = SPPOTrainer(model, settings, data)

@@ -8,31 +8,30 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-from tests.trainer_models import FAMILIES, build, rows  # noqa: E402
-
-from sppo_kernels.trainer import SPPOConfig, SPPOTrainer  # noqa: E402
+from sppo_kernels.trainer import SPPOConfig, SPPOTrainer
+from tests.trainer_models import FAMILIES, build, rows
 
 ETA, RATE = 7.0, 0.02
 
 
 def config(folder, **changes):
-    settings = dict(
-        output_dir=str(folder),
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        eta=ETA,
-        loss_units="log_ratio",
-        optim="sgd",
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        max_steps=1,
-        per_device_train_batch_size=3,
-        train_sampling_strategy="sequential",
-    )
+    settings = {
+        "output_dir": str(folder),
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "eta": ETA,
+        "loss_units": "log_ratio",
+        "optim": "sgd",
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "max_steps": 1,
+        "per_device_train_batch_size": 3,
+        "train_sampling_strategy": "sequential",
+    }
     return SPPOConfig(**(settings | changes))
 
 
@@ -86,7 +85,9 @@ def run_both(family, packing, responses, generator, tmp_path, *, lora=False, rat
         linear = (torch.nn.Linear, Conv1D)
         head = model.get_output_embeddings()
         names = {
-            n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, linear) and m != head
+            n.split(".")[-1]
+            for n, m in model.named_modules()
+            if isinstance(m, linear) and m != head
         }
         model = peft.get_peft_model(
             model, peft.LoraConfig(r=2, target_modules=sorted(names), init_lora_weights=False)

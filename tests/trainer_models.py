@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 
 VOCAB = 211
-COMMON = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 GQA = dict(COMMON, num_key_value_heads=2)
 
 
@@ -51,18 +51,18 @@ FAMILIES = {
     "gpt2": ("GPT2Config", _gpt2()),
     "opt": (
         "OPTConfig",
-        dict(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            word_embed_proj_dim=32,
-            ffn_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            bos_token_id=1,
-            eos_token_id=2,
-            dropout=0.0,
-        ),
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "dropout": 0.0,
+        },
     ),
 }
 
@@ -94,9 +94,7 @@ def rows(generator, count: int = 6, responses: int = 5, hard: bool = False) -> l
         {
             "prompt_ids": ids(2, 9),
             "response_ids": [ids(1, 12) for _ in range(responses)],
-            "win_rate": [1.0, 0.0]
-            if hard
-            else torch.rand(responses, generator=generator).tolist(),
+            "win_rate": [1.0, 0.0] if hard else torch.rand(responses, generator=generator).tolist(),
         }
         for _ in range(count)
     ]

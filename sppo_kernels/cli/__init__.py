@@ -20,9 +20,13 @@ COMMANDS = {
 
 def usage() -> str:
     lines = [f"  {name:10}{text}" for name, text in COMMANDS.items()]
-    return "usage: sppo COMMAND [options]\n\ncommands:\n" + "\n".join(lines) + (
-        "\n\n`sppo COMMAND --help` lists options; `--config FILE.yaml` (or .json) reads them from a "
-        "file, and flags override it."
+    return (
+        "usage: sppo COMMAND [options]\n\ncommands:\n"
+        + "\n".join(lines)
+        + (
+            "\n\n`sppo COMMAND --help` lists options; `--config FILE.yaml` (or .json) reads them "
+            "from a file, and flags override it."
+        )
     )
 
 

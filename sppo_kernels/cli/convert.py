@@ -29,4 +29,6 @@ def run(argv: Sequence[str]) -> None:
     else:
         found = from_uclaml(rows)
     write_parquet(found, options.output)
-    print(f"{options.output}: {len(found)} rows, columns {', '.join(found[0]) if found else 'none'}")
+    print(
+        f"{options.output}: {len(found)} rows, columns {', '.join(found[0]) if found else 'none'}"
+    )

@@ -144,7 +144,7 @@ def warm_up(folder: Path, options: DemoOptions) -> None:
         tie_word_embeddings=True,
     )
     model = transformers.LlamaForCausalLM(config)
-    texts = [tokenizer(s)["input_ids"][:62] + [2] for s in sentences()]
+    texts = [[*tokenizer(s)["input_ids"][:62], 2] for s in sentences()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, options.warmup_steps)
     rng = random.Random(derive_seed(options.seed, "warm-up"))

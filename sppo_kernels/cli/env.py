@@ -13,7 +13,8 @@ import sppo_kernels
 from sppo_kernels import _backend
 
 PACKAGES = (
-    "transformers accelerate datasets pyarrow peft triton flash-attn vllm trl matplotlib rich".split()
+    *("transformers", "accelerate", "datasets", "pyarrow", "peft", "triton", "flash-attn"),
+    *("vllm", "trl", "matplotlib", "rich"),
 )
 
 

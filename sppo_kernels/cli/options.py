@@ -39,7 +39,9 @@ class GenerateOptions:
     temperature: float = _help("Of sampling; 1 samples from the policy itself.", 1.0)
     top_p: float = _help("Nucleus sampling.", 1.0)
     generate_batch_size: int = _help("Prompts sampled at once; also the unit of resuming.", 8)
-    engine: str = _help("'auto' (vllm when installed and on CUDA), 'transformers' or 'vllm'.", "auto")
+    engine: str = _help(
+        "'auto' (vllm when installed and on CUDA), 'transformers' or 'vllm'.", "auto"
+    )
 
 
 @dataclass

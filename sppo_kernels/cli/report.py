@@ -44,7 +44,7 @@ def print_table(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def write_report(folder: Path, results: dict[str, list[dict[str, Any]]]) -> Path:
-    """`report.png`: win rates with intervals, loss, log-ratios, seconds a stage; prints the table."""
+    """`report.png`: win rates with intervals, loss, log-ratios, time; prints the table."""
     require("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -108,7 +108,8 @@ def load_judge(spec: str, **options: Any) -> Judge:
     kind, found, rest = spec.partition(":")
     if not found or not rest:
         raise JudgeError(
-            f"judge: expected pairrm:PATH, reward:PATH, recorded:FILE or MODULE:FUNCTION, got {spec!r}"
+            "judge: expected pairrm:PATH, reward:PATH, recorded:FILE or MODULE:FUNCTION, got "
+            f"{spec!r}"
         )
     classes = {"pairrm": PairRMJudge, "reward": RewardModelJudge, "recorded": RecordedJudge}
     if kind in classes:

@@ -132,7 +132,9 @@ class PairRMJudge:
         tokenizer = self.tokenizer
         start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
         body = tokenizer(text, add_special_tokens=False)["input_ids"]
-        body = [t for t in body if t not in self.model.marks.values()]  # a text must not forge marks
+        body = [
+            t for t in body if t not in self.model.marks.values()
+        ]  # a text must not forge marks
         if len(body) + 3 > room:
             self.truncated += 1
             self._over.append(len(body) + 3)
@@ -143,9 +145,7 @@ class PairRMJudge:
         """Token ids of a prompt and two responses, in the order shown."""
         source = self._encode("source", prompt_text(prompt), self.source_max)
         room = (self.max_length - len(source)) // 2
-        return (
-            source + self._encode("cand1", first, room) + self._encode("cand2", second, room)
-        )
+        return source + self._encode("cand1", first, room) + self._encode("cand2", second, room)
 
     @torch.no_grad()
     def logits(self, prompts: Sequence[Any], responses: Sequence[Sequence[str]]) -> Tensor:

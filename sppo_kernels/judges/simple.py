@@ -67,7 +67,7 @@ class RecordedJudge:
 
     Args:
         table: a CSV path or a list of dicts with one comparison a row.
-        prompt, left, right, winner: names of its columns; prompts and responses are matched by text,
+        prompt, left, right, winner: names of its columns; texts are matched exactly;
             `winner` is "left", "right" or "tie".
         smoothing: the pseudo-count s, above 0.
         missing: "coin" as above, or "refuse": a pair never compared is an error.

@@ -1,6 +1,6 @@
 """Examples to batches. All index work happens here, on the host, so the device is never waited for.
 
-Packed batches hold each prompt once, followed by its responses: [p | y_1 | y_2 | ... | y_K | p' ...].
+Packed batches hold each prompt once, followed by its responses: [p | y_1 | ... | y_K | p' | ...].
 The last prompt token's row predicts the first token of every response. The last token of a response
 predicts nothing and is left out of the input.
 """

@@ -63,11 +63,11 @@ class Head:
             else:
                 layer = layer.original_module
         weight, bias = layer.weight, getattr(layer, "bias", None)
-        if hasattr(layer, "get_delta_weight") and hasattr(layer, "base_layer"):
-            if not layer.merged and not layer.disable_adapters:
-                for name in layer.active_adapters:
-                    if name in layer.lora_A:
-                        weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+        adapted = hasattr(layer, "get_delta_weight") and hasattr(layer, "base_layer")
+        if adapted and not layer.merged and not layer.disable_adapters:
+            for name in layer.active_adapters:
+                if name in layer.lora_A:
+                    weight = weight + layer.get_delta_weight(name).to(weight.dtype)
         if hasattr(weight, "full_tensor"):
             weight = weight.full_tensor()
         if bias is not None and hasattr(bias, "full_tensor"):
@@ -160,6 +160,6 @@ def probe_head(lm: nn.Module, head: Head, inputs: dict[str, Tensor], impl: str =
             f"{type(lm).__name__}: the fused log-probability of the token at {where} is "
             f"{float(fused[where]):.6g}, the model's own {float(eager[where]):.6g} (difference "
             f"{worst:.3g}, rounding explains {allowed:.3g}); assumed logit_scale="
-            f"{head.logit_scale:g}, softcap={head.softcap}, bias={'yes' if bias is not None else 'no'}"
+            f"{head.logit_scale:g}, softcap={head.softcap}, bias={bias is not None}"
         )
     return worst

@@ -72,8 +72,8 @@ def preference_metrics(
         loss_log_ratio and loss_win_rate: the mean squared residual, in nats² and over η²;
         residual: its mean in nats; residual_rms; logratio_mean, _best, _worst, _margin (best minus
         worst response of a prompt by win rate, in nats); win_rate_best, win_rate_worst;
-        rank_correlation: mean over prompts of Spearman's correlation of win rate and log-ratio (ties
-        share ranks; prompts without differing win rates do not count); kl: −mean log-ratio, the
+        rank_correlation: mean over prompts of Spearman's of win rate and log-ratio (ties share
+        ranks; prompts without differing win rates do not count); kl: −mean log-ratio, the
         estimate of KL(π_t ‖ π_θ) when responses were sampled from π_t.
     """
     residual = ratio - eta * (win - 0.5)

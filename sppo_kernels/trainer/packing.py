@@ -7,6 +7,7 @@ padded batches) it is transformers' own sdpa. Exact: no mask approximates anothe
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -120,8 +121,8 @@ class PackedLayout:
                 rows += [*range(prompt, prompt + size), *range(start, start + length)]
                 queries.append(queries[-1] + length)
                 keys.append(keys[-1] + size + length)
-            most_q = max(b - a for a, b in zip(queries, queries[1:], strict=False))
-            most_k = max(b - a for a, b in zip(keys, keys[1:], strict=False))
+            most_q = max(b - a for a, b in itertools.pairwise(queries))
+            most_k = max(b - a for a, b in itertools.pairwise(keys))
             self._varlen[device] = (
                 torch.tensor(rows).to(device, non_blocking=True),
                 torch.tensor(queries, dtype=torch.int32).to(device, non_blocking=True),

@@ -1,4 +1,4 @@
-"""Reference log-probabilities, computed once and kept on disk under a key of what they depend on."""
+"""Reference log-probabilities, computed once and kept on disk under a key of what they need."""
 
 from __future__ import annotations
 

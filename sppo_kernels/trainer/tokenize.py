@@ -53,7 +53,9 @@ def _example(row: dict[str, Any], index: int, tokenizer: Any, args: Any) -> dict
     if responses is None:
         responses = [response_token_ids(t, tokenizer, args.append_eos) for t in row["responses"]]
     if len(prompt) == 0:
-        raise DataError(f"row {index}: the prompt has no tokens; the first response token needs one")
+        raise DataError(
+            f"row {index}: the prompt has no tokens; the first response token needs one"
+        )
     for k, ids in enumerate(responses):
         if len(ids) == 0:
             raise DataError(f"row {index}: response {k} has no tokens")

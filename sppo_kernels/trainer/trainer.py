@@ -314,7 +314,8 @@ class SPPOTrainer(Trainer):
         if evaluating or "loss" in logs:
             found = self._stores[store].pop()
             logs.update({prefix + k: v for k, v in found.items()})
-            if evaluating and found and self.args.objective == "sppo":  # the Trainer's own mean weighs batches, not responses
+            if (
+                evaluating and found and self.args.objective == "sppo"
+            ):  # the Trainer's own mean weighs batches, not responses
                 logs["eval_loss"] = found[f"loss_{self.args.loss_units}"]
         super().log(logs, start_time)
-
