@@ -8,7 +8,7 @@ BUDGET ?= 480
 # The environment of `setup` comes first where it exists; without it, the machine's own python.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup build demo test lint format bench gpu clean
+.PHONY: setup build demo example test lint format bench gpu clean
 
 setup: $(VENV)/.ready build
 
@@ -22,6 +22,10 @@ build: $(VENV)/.ready
 	python setup.py --quiet build_ext --inplace
 
 demo: setup
+	sppo demo
+
+# A plain PyTorch loop of under 100 lines on real responses with human comparisons.
+example: setup
 	python examples/train_llama.py
 
 test: setup

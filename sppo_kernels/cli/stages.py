@@ -1,0 +1,103 @@
+"""Stages of work in parts that are written whole, so that a killed run loses at most one part."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sppo_kernels.data import DataError, atomic_file, read_parquet, write_parquet
+
+
+def derive_seed(*parts: Any) -> int:
+    """A seed that depends on all of `parts` and on nothing else."""
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") & 0x7FFFFFFF
+
+
+def in_parts(
+    items: list[Any],
+    size: int,
+    path: Path,
+    work: Callable[[list[Any], int], list[dict[str, Any]]],
+    title: str,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Rows of `work(items[a:b], part)` for all parts, in one Parquet file at `path`.
+
+    Finished parts lie beside `path` until all are; a later call goes on after them. When `path` is
+    there, its rows are returned and nothing is done.
+    """
+    if path.exists():
+        return read_parquet(path)
+    from tqdm import tqdm
+
+    folder = path.with_name(path.stem + ".parts")
+    starts = range(0, len(items), size)
+    bar = tqdm(total=len(items), desc=title, disable=quiet)
+    rows: list[dict[str, Any]] = []
+    for part, start in enumerate(starts):
+        file = folder / f"{part:06d}.parquet"
+        chunk = items[start : start + size]
+        if file.exists():
+            done = read_parquet(file)
+        else:
+            done = work(chunk, part)
+            write_parquet(done, file)
+            done = read_parquet(file)  # as a resumed run would see them
+        rows += done
+        bar.update(len(chunk))
+    bar.close()
+    write_parquet(rows, path)
+    shutil.rmtree(folder, ignore_errors=True)
+    return rows
+
+
+def whole_folder(path: Path, work: Callable[[Path], None]) -> Path:
+    """A folder filled by `work(temporary)` that appears under its name only when complete."""
+    if path.exists():
+        return path
+    temporary = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    work(temporary)
+    os.replace(temporary, path)
+    return path
+
+
+def write_json(value: Any, path: Path) -> None:
+    """JSON that is there whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def same_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a run, or refuse to go on with other ones.
+
+    Raises:
+        DataError: the run in this folder was started with other settings; names them.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    if not path.exists():
+        write_json(settings, path)
+        return
+    saved = read_json(path)
+    names = sorted(set(saved) | set(settings))
+    different = [n for n in names if saved.get(n) != settings.get(n)]
+    if different:
+        name = different[0]
+        raise DataError(
+            f"{path.parent}: was started with other {', '.join(different)} ({name}: "
+            f"{saved.get(name)!r} then, {settings.get(name)!r} now); use another folder"
+        )

@@ -1,0 +1,321 @@
+"""SPPOTrainer: transformers' Trainer with the SPPO loss, its data and its reference."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from sppo_kernels.trainer import reference
+from sppo_kernels.trainer.collator import SPPOCollator
+from sppo_kernels.trainer.config import SPPOConfig
+from sppo_kernels.trainer.forward import LossForward, probe
+from sppo_kernels.trainer.head import causal_lm
+from sppo_kernels.trainer.metrics import MetricStore
+from sppo_kernels.trainer.tokenize import prepare_dataset
+
+logger = logging.getLogger("sppo_kernels")
+
+
+class SPPOTrainer(Trainer):
+    """Trains a causal language model on preference games, by arXiv 2405.00675.
+
+    Args:
+        model: a transformers causal LM or a PEFT model around one; also its initial weights are the
+            reference π_t (for PEFT: the model without adapters), unless `ref_model` is given.
+        args: SPPOConfig.
+        train_dataset, eval_dataset: rows (datasets.Dataset, list of dicts, or a Parquet path) with
+            `prompt, responses, win_matrix | win_rate`, the released SPPO columns, or `chosen,
+            rejected`; `prompt_ids, response_ids, ref_logps` are used where given.
+        processing_class: the tokenizer; not needed when all rows hold ids.
+        ref_model: another reference, of the same vocabulary.
+        peft_config: wraps `model` with peft.
+
+    Raises:
+        DataError, OverLengthError: rows that cannot be used. HeadProbeError, ReferenceCacheError:
+        see `SPPOConfig.head`, `SPPOConfig.packing` and `SPPOConfig.reference_cache`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        args: SPPOConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        ref_model: nn.Module | None = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, SPPOConfig):
+            raise TypeError(f"args: expected SPPOConfig, got {type(args).__name__}")
+        if isinstance(model, str):
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_pretrained(model)
+        if peft_config is not None:
+            from sppo_kernels.data import require
+
+            model = require("peft").get_peft_model(model, peft_config)
+        if args.gradient_checkpointing and hasattr(model, "get_base_model"):
+            model.enable_input_require_grads()
+        self.ref_model = ref_model
+        prepared = {}
+        for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            prepared[name] = (
+                None if rows is None else prepare_dataset(rows, processing_class, args, name)
+            )
+        pad = getattr(processing_class, "pad_token_id", None)
+        self.collator = SPPOCollator(packed=False, pad_token_id=pad or 0)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self.collator,
+            processing_class=processing_class,
+            **prepared,
+            **kwargs,
+        )
+        # The loss is divided by the responses of all accumulated batches, in compute_loss.
+        self.model_accepts_loss_kwargs = True
+        self.label_names = []
+        self.can_return_loss = True
+        self._stores = {"train": MetricStore(args.eta), "eval": MetricStore(args.eta)}
+        self._forward: LossForward | None = None
+        self._referenced: set[str] = set()
+
+    # --- preparation ------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Probe head and packing and compute the reference; called by train and evaluate."""
+        if self._forward is None:
+            data = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+            examples = [data[i] for i in range(min(2, len(data)))]
+            self._forward, packed = probe(
+                self.model,
+                examples,
+                head=self.args.head,
+                packing_mode=self.args.packing,
+                impl=self.args.impl,
+                device=self.args.device,
+                settings=self._loss_settings(),
+            )
+            self.collator.packed = packed
+            self._forward.install()
+        for name in ("train", "eval"):
+            data = getattr(self, f"{name}_dataset")
+            if data is not None and name not in self._referenced:
+                setattr(self, f"{name}_dataset", self._with_reference(data, name))
+                self._referenced.add(name)
+
+    def _loss_settings(self) -> dict[str, Any]:
+        args = self.args
+        settings = {"eta": args.eta, "units": args.loss_units}
+        settings |= {"memory_budget": args.memory_budget, "impl": args.impl}
+        if args.objective == "dpo":
+            settings["dpo_beta"] = args.dpo_beta
+        return settings
+
+    def release(self) -> None:
+        """Give the model its own forward back."""
+        if self._forward is not None:
+            self._forward.remove()
+            self._forward = None
+
+    def _with_reference(self, data: Any, name: str) -> Any:
+        if all(x is not None for x in data["ref_logps"]):
+            return data
+        folder = Path(self.args.reference_cache or self.args.output_dir) / f"reference-{name}"
+        model = self.ref_model if self.ref_model is not None else causal_lm(self.model)
+        key = {
+            "weights": reference.weights_key(model),
+            "data": reference.data_key(data),
+            "template": reference.template_key(self.processing_class),
+        }
+        logps = reference.load(folder, key)
+        if logps is None:
+            logps = self.reference_logps(data, f"reference log-probs ({name})")
+            if self.is_world_process_zero():
+                reference.save(folder, key, logps)
+        else:
+            logger.info("reference log-probs: read from %s", folder)
+        return data.remove_columns("ref_logps").add_column("ref_logps", logps)
+
+    @torch.no_grad()
+    def reference_logps(self, data: Any, title: str = "reference log-probs") -> list[list[float]]:
+        """log π_t of every response of `data`, as a list a prompt, in nats."""
+        from tqdm import tqdm
+
+        size = self.args.reference_batch_size or self.args.per_device_eval_batch_size
+        world, rank = self.args.world_size, self.args.process_index
+        # Neighbours in length together: little padding, and the longest first fails first.
+        order = sorted(range(len(data)), key=lambda i: -data[i]["length"])[rank::world]
+        found: dict[int, list[float]] = {}
+        model, forward = self.model, self._forward
+        if self.ref_model is not None:
+            model, forward = self.ref_model, self._reference_forward()
+        disable = getattr(model, "disable_adapter", contextlib.nullcontext)
+        training = model.training
+        model.eval()
+        bar = tqdm(total=len(order), desc=title, disable=self.args.disable_tqdm)
+        with disable(), self.compute_loss_context_manager(), self.autocast():
+            for start in range(0, len(order), size):
+                chosen = order[start : start + size]
+                batch = self.collator([{**data[i], "ref_logps": None} for i in chosen])
+                host = batch.pop("sppo")
+                batch = {k: v.to(self.args.device) for k, v in batch.items()}
+                _, logps = forward.loss(host, **batch)
+                parts = reference.split_groups(logps.float().cpu(), host.groups)
+                found.update(zip(chosen, parts, strict=True))
+                bar.update(len(chosen))
+        bar.close()
+        model.train(training)
+        if world > 1:
+            from accelerate.utils import gather_object
+
+            found = dict(gather_object(list(found.items())))
+        return [found[i] for i in range(len(data))]
+
+    def autocast(self) -> Any:
+        """The precision of training, also for the reference: equal weights give equal numbers."""
+        return self.accelerator.autocast()
+
+    def _reference_forward(self) -> LossForward:
+        forward, _ = probe(
+            self.ref_model.to(self.args.device),
+            [(self.train_dataset if self.train_dataset is not None else self.eval_dataset)[0]],
+            head=self.args.head,
+            packing_mode="shared" if self.collator.packed else "padded",
+            impl=self.args.impl,
+            device=self.args.device,
+            settings=self._forward.settings,
+        )
+        return forward
+
+    def step_zero_check(self) -> float:
+        """With the policy as its own reference the loss must be exactly mean (η (w − ½))².
+
+        Returns:
+            The loss of the first batch, in `loss_units`.
+
+        Raises:
+            RuntimeError: it is not, so values with and without gradient disagree.
+        """
+        if self.model.training:
+            self.model.eval()
+            try:
+                return self.step_zero_check()
+            finally:
+                self.model.train()
+        batch = self.collator([self.train_dataset[0]])
+        host = batch.pop("sppo")
+        batch = {k: v.to(self.args.device) for k, v in batch.items()}
+        with self.autocast():
+            with torch.no_grad():
+                _, logps = self._forward.loss(host, **batch)
+            host.ref_logps = logps.cpu()
+            loss, again = self._forward.loss(host, **batch)
+        from sppo_kernels import sppo_loss
+
+        expected = sppo_loss(
+            logps,
+            logps,
+            host.win_rate.to(logps.device),
+            eta=self.args.eta,
+            units=self.args.loss_units,
+        )
+        if not torch.allclose(loss.detach(), expected, rtol=1e-6, atol=0):
+            raise RuntimeError(
+                f"step 0: with an equal reference the loss is {float(loss)}, expected "
+                f"{float(expected)}; log-probs with and without gradient differ by up to "
+                f"{float((again - logps).abs().max()):.3g} nats"
+            )
+        return float(loss.detach())
+
+    # --- the Trainer's hooks ----------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepare (probe, reference, step-0 check), then train as transformers does."""
+        self.prepare()
+        if self.args.objective == "sppo":
+            self.step_zero_check()
+        self._stores["train"].reset()
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.prepare()
+        self._stores["eval"].reset()
+        return super().evaluate(*args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._external(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _external(self, rows: Any) -> Any:
+        """Rows given to evaluate(): tokenized and with a reference of their own."""
+        if hasattr(rows, "column_names") and "length" in rows.column_names:
+            return rows
+        data = prepare_dataset(rows, self.processing_class, self.args, "eval_dataset")
+        return self._with_reference(data, f"eval-{reference.data_key(data)[:8]}")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        padded = not self.collator.packed and self.args.length_bucketing
+        if padded and self.args.train_sampling_strategy == "random":
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedSampler(size, lengths=list(data["length"]))
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        if not batch_samples or "sppo" not in batch_samples[0]:
+            return None
+        count = torch.tensor(float(sum(b["sppo"].win_rate.numel() for b in batch_samples)))
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count.to(device)).sum()
+        return count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Mean loss of the responses; accumulated batches weigh by their number of responses."""
+        host = inputs["sppo"]
+        loss, logps = model(**inputs)
+        store = self._stores["train" if model.training else "eval"]
+        store.add(logps, host)
+        if num_items_in_batch is not None and model.training:
+            share = host.win_rate.numel() * self.args.world_size / num_items_in_batch
+            loss = loss * share.to(loss.device)
+        return (loss, {"logps": logps}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add SPPO's metrics to what the Trainer reports."""
+        evaluating = any(k.startswith("eval_") for k in logs)
+        prefix, store = ("eval_", "eval") if evaluating else ("", "train")
+        if evaluating or "loss" in logs:
+            found = self._stores[store].pop()
+            logs.update({prefix + k: v for k, v in found.items()})
+            if (
+                evaluating and found and self.args.objective == "sppo"
+            ):  # the Trainer's own mean weighs batches, not responses
+                logs["eval_loss"] = found[f"loss_{self.args.loss_units}"]
+        super().log(logs, start_time)

@@ -1,0 +1,32 @@
+"""Training on human comparisons (LLMFAO), where the data is at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+
+FOLDER = Path(
+    os.environ.get(
+        "SPPO_KERNELS_LLMFAO", Path(__file__).resolve().parents[2] / "shared/data/llmfao"
+    )
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not FOLDER.exists(), reason="needs the LLMFAO data (set SPPO_KERNELS_LLMFAO to its folder)"
+)
+def test_log_ratios_follow_human_win_rates(tmp_path):
+    from benchmarks.llmfao import load, train
+
+    rows = load(FOLDER)
+    assert len(rows) == 13
+    assert sum(len(r["responses"]) for r in rows) > 650
+    # The three prompts with the shortest answers: the full run is benchmarks/llmfao.py.
+    rows.sort(key=lambda row: sum(map(len, row["responses"])) / len(set(row["responses"])))
+    fit, held, _ = train(rows[:3], rows[3:4], tmp_path, 90)
+    print(f"held out: {held['eval_rank_correlation']:.3f}")
+    assert fit["eval_rank_correlation"] > 0.8
