@@ -22,17 +22,16 @@ HERE = Path(__file__).resolve().parent
 ETA = 200.0  # a win rate of 1 asks for 100 nats more than the reference gives
 
 
-def build(texts: list[str], length: int) -> tuple[Tokenizer, LlamaForCausalLM]:
+def build(texts: list[str]) -> tuple[Tokenizer, LlamaForCausalLM]:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     special = ["<unk>", "<s>", "</s>"]
     tokenizer.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=4096, special_tokens=special)
     )
-    return tokenizer, LlamaForCausalLM(
-        LlamaConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=96, intermediate_size=256,
-                    num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=length)
-    )  # fmt: skip
+    sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2}
+    config = LlamaConfig(tokenizer.get_vocab_size(), num_attention_heads=4, **sizes)
+    return tokenizer, LlamaForCausalLM(config)
 
 
 def encode(tokenizer: Tokenizer, prompt: str, answers: list[str], length: int):
@@ -64,7 +63,7 @@ def main() -> None:
     torch.manual_seed(0)
     source = args.data if args.data.is_dir() else HERE / "sample"
     prompts = load(source)
-    tokenizer, model = build([t for p in prompts for t in (p.text, *p.answers)], args.length)
+    tokenizer, model = build([t for p in prompts for t in (p.text, *p.answers)])
     data = []
     with torch.no_grad():  # reference log-probs, once
         for p in prompts:
