@@ -1,7 +1,6 @@
-"""Train a small Llama with SPPO on real responses and win rates, in a plain PyTorch loop.
+"""Train a small Llama with SPPO on real responses with human comparisons, in plain PyTorch.
 
-The data are responses with human comparisons: the llmfao data set where its folder is, else a
-small sample written for this example. Run: python examples/train_llama.py [--data FOLDER]
+Data: the llmfao data set where its folder is (--data FOLDER), else the sample beside this file.
 """
 
 import argparse
@@ -25,12 +24,10 @@ ETA = 200.0  # a win rate of 1 asks for 100 nats more than the reference gives
 def build(texts: list[str]) -> tuple[Tokenizer, LlamaForCausalLM]:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    special = ["<unk>", "<s>", "</s>"]
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=4096, special_tokens=special)
-    )
+    bpe = trainers.BpeTrainer(vocab_size=4096, special_tokens=["<unk>", "<s>", "</s>"])
+    tokenizer.train_from_iterator(texts, bpe)
     sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2}
-    config = LlamaConfig(tokenizer.get_vocab_size(), num_attention_heads=4, **sizes)
+    config = LlamaConfig(vocab_size=tokenizer.get_vocab_size(), num_attention_heads=4, **sizes)
     return tokenizer, LlamaForCausalLM(config)
 
 
@@ -58,15 +55,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=HERE.parents[1] / "shared/data/llmfao")
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--length", type=int, default=64, help="tokens of prompt and response")
+    parser.add_argument("--length", type=int, default=64, help="tokens")
     args = parser.parse_args()
     torch.manual_seed(0)
-    source = args.data if args.data.is_dir() else HERE / "sample"
-    prompts = load(source)
+    prompts = load(source := args.data if args.data.is_dir() else HERE / "sample")
     tokenizer, model = build([t for p in prompts for t in (p.text, *p.answers)])
     data = []
-    with torch.no_grad():  # reference log-probs, once
-        for p in prompts:
+    with torch.no_grad():
+        for p in prompts:  # reference log-probs, once
             ids, labels = encode(tokenizer, p.text, p.answers, args.length)
             hidden = model.model(input_ids=ids).last_hidden_state
             ref = sk.linear_sequence_logps(hidden, model.lm_head.weight, labels)
