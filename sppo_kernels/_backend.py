@@ -83,7 +83,9 @@ def _auto(device_type: str, dtype: torch.dtype) -> str:
     message = "impl='auto' on %s with %s: 'reference' (slower), because %r is unavailable: %s"
     hint = ""
     if first == "native" and native_error() is not None:
-        hint = "; build it with `pip install --no-build-isolation sppo-kernels`"
+        hint = (
+            "; with a C++17 compiler, run `pip install --no-build-isolation .` in its source tree"
+        )
     logger.log(level, message, device_type, dtype, first, why + hint)
     return "reference"
 

@@ -108,7 +108,7 @@ def _auto(device_type: str) -> str:
         logger.log(
             logging.WARNING,
             "games: impl='auto' on %s: 'reference' (slower), because 'native' is unavailable: %s; "
-            "build it with `pip install --no-build-isolation sppo-kernels`",
+            "with a C++17 compiler, run `pip install --no-build-isolation .` in its source tree",
             device_type,
             why,
         )
