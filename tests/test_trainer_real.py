@@ -25,8 +25,10 @@ def test_log_ratios_follow_human_win_rates(tmp_path):
     rows = load(FOLDER)
     assert len(rows) == 13
     assert sum(len(r["responses"]) for r in rows) > 650
-    # The three prompts with the shortest answers: the full run is benchmarks/llmfao.py.
-    rows.sort(key=lambda row: sum(map(len, row["responses"])) / len(set(row["responses"])))
-    fit, held, _ = train(rows[:3], rows[3:4], tmp_path, 90)
+    # Two prompts with short answers that mostly differ (equal answers cannot be told apart); the
+    # full run is benchmarks/llmfao.py.
+    rows = [r for r in rows if len(set(r["responses"])) > 0.95 * len(r["responses"])]
+    rows.sort(key=lambda row: sum(map(len, row["responses"])))
+    fit, held, _ = train(rows[:2], rows[2:3], tmp_path, 90)
     print(f"held out: {held['eval_rank_correlation']:.3f}")
     assert fit["eval_rank_correlation"] > 0.8

@@ -203,9 +203,10 @@ def test_bf16_autocast_stays_close(generator, tmp_path):
     win = torch.tensor([w for row in data for w in row["win_rate"]])
     trainer = SPPOTrainer(model, config(tmp_path, bf16=True, learning_rate=RATE), data)
     trainer.train()
-    # Policy and reference run in the same precision, so the loss is the closed form.
+    # Policy and reference run in the same precision: the closed form, up to the rounding of batches
+    # of other shapes (a reference in fp32 would be off by more).
     expected = float((ETA * (win - 0.5)).square().mean())
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=2e-2)
     stored = torch.tensor([x for r in trainer.train_dataset["ref_logps"] for x in r])
     assert (stored - torch.cat(ref)).abs().max() < 1.0
     assert (stored - torch.cat(ref)).abs().max() > 0  # it did run in bfloat16
@@ -218,3 +219,25 @@ def test_step_zero_is_the_closed_form(generator, tmp_path):
     win = torch.tensor(data[0]["win_rate"])
     expected = float((ETA * (win - 0.5)).square().mean())
     assert trainer.step_zero_check() == pytest.approx(expected, rel=1e-6)
+
+
+def test_dpo_objective_on_the_best_and_worst_response(generator, tmp_path):
+    data = rows(generator, 3, 5)
+    model = build("llama-untied").eval()
+    hand = copy.deepcopy(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    args = config(tmp_path, objective="dpo", dpo_beta=0.5, head="fused")
+    trainer = SPPOTrainer(model, args, data)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931472, rel=1e-5)
+    margins = []
+    for row in data:
+        logps, win = eager_logps(hand, row), row["win_rate"]
+        margin = logps[win.index(max(win))] - logps[win.index(min(win))]
+        margins.append(margin - margin.detach())  # the reference is the start itself
+    loss = -torch.nn.functional.logsigmoid(0.5 * torch.stack(margins)).mean()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in hand.parameters():
+            parameter -= RATE * parameter.grad
+    assert_same_weights(model, hand.state_dict(), before)

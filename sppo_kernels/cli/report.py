@@ -90,8 +90,9 @@ def write_report(folder: Path, results: dict[str, list[dict[str, Any]]]) -> Path
     loss.set(title="SPPO loss (win-rate units) within each round", xlabel="step")
     ratio.set(title="Log-ratio to the round's reference (nats)", xlabel="step")
     seconds.set(title="Time", ylabel="seconds")
-    for axis in (wins, ratio, seconds):
-        axis.legend(frameon=False)
+    seconds.margins(y=0.2)
+    for axis, columns in ((wins, 1), (ratio, 1), (seconds, len(stages))):
+        axis.legend(frameon=False, ncols=columns)
     path = folder / "report.png"
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
