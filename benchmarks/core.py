@@ -49,6 +49,7 @@ def losses(group: str, device: torch.device) -> dict[str, Loss]:
         found: dict[str, Loss] = {
             f"sppo-kernels {impl}": lambda i: p.ours_logits(i, impl),
             "eager": p.eager_logits,
+            "eager, float32 log-probs": p.eager_float_logits,
             "torch.compile": lambda i: p.compiled(p.eager_logits)(i),
         }
         if group == "logits":
@@ -59,6 +60,7 @@ def losses(group: str, device: torch.device) -> dict[str, Loss]:
     found = {
         f"sppo-kernels {impl}": lambda i: p.ours_linear(i, impl),
         "eager": p.eager_linear,
+        "eager, float32 log-probs": p.eager_float_linear,
         "torch.compile": lambda i: p.compiled(p.eager_linear)(i),
         "TRL chunked": p.trl_linear,
     }

@@ -42,6 +42,10 @@ class Result:
     note: str = ""
 
     @property
+    def best(self) -> float | None:
+        return min(self.times, default=None)
+
+    @property
     def median(self) -> float | None:
         return statistics.median(self.times) if self.times else None
 
@@ -67,9 +71,12 @@ def clock(function: Callable[[], object], device: torch.device) -> float:
 def interleaved(
     functions: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Times of every function, taken in turn after one warm-up of each."""
+    """Times of every function, taken in turn after two warm-ups of each.
+
+    Two, because on virtual machines memory that is touched for the first time is slow.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
+    for function in [*functions.values()] * 2:
         function()
     gc.collect()
     for _ in range(repeats):

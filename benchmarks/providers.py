@@ -84,6 +84,21 @@ def eager_logits(inputs: Inputs) -> Tensor:
     return sk.sppo_loss(eager_logps(inputs.logits, inputs.labels), inputs.ref, inputs.win, eta=ETA)
 
 
+def eager_float_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    """As Hugging Face losses do: the logits upcast, so that log-probs have float32 precision."""
+    return eager_logps(logits.float(), labels)
+
+
+def eager_float_linear(inputs: Inputs) -> Tensor:
+    logps = eager_float_logps(F.linear(inputs.hidden, inputs.weight), inputs.labels)
+    return sk.sppo_loss(logps, inputs.ref, inputs.win, eta=ETA)
+
+
+def eager_float_logits(inputs: Inputs) -> Tensor:
+    logps = eager_float_logps(inputs.logits, inputs.labels)
+    return sk.sppo_loss(logps, inputs.ref, inputs.win, eta=ETA)
+
+
 def eager_linear_exact(inputs: Inputs) -> Tensor:
     """The truth of a gate: everything in the dtype of the (float64) inputs."""
     return _exact(F.linear(inputs.hidden, inputs.weight), inputs)

@@ -73,7 +73,7 @@ def test_run_case_gives_times_and_names_what_is_missing(monkeypatch):
 def test_interleaved_takes_turns():
     order = []
     harness.interleaved({n: lambda n=n: order.append(n) for n in "ab"}, 3, CPU)
-    assert "".join(order) == "abababab"
+    assert "".join(order) == "ababababab"
 
 
 def test_memory_of_a_known_allocation():
