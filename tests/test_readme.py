@@ -67,3 +67,10 @@ def test_example_script_trains_on_its_sample(tmp_path):
 
 def test_example_stays_under_a_hundred_lines():
     assert len((ROOT / "examples/train_llama.py").read_text().splitlines()) < 100
+
+
+def test_the_readmes_figures_are_those_of_the_committed_results():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.readme", "--check"], cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, "run `python -m benchmarks.readme`"
