@@ -4,11 +4,6 @@
 
 #include "cpu/capability.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-#include <cstdint>
-
 namespace py = pybind11;
 
 #define SPPO_STR2(x) #x
@@ -33,23 +28,8 @@ static py::dict build_info() {
   return info;
 }
 
-// Fresh gradients of hundreds of megabytes otherwise spend most of their time in 4 KiB page faults.
-static void prefer_huge_pages(uintptr_t data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (data + kPage - 1) & ~(kPage - 1);
-  const uintptr_t end = (data + bytes) & ~(kPage - 1);
-  // Advice only: a kernel that declines it changes nothing.
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of sppo_kernels";
   m.def("build_info", &build_info,
         "What this binary was built with, and the CPU instruction set chosen at run time.");
-  m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("data"), py::arg("bytes"),
-        "Ask the system to back this memory with huge pages; never fails.");
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sppo_kernels._ops import lib
-from sppo_kernels.impl import empty, load, streaming
+from sppo_kernels.impl import load, streaming
 
 
 def _kernel(function: Callable) -> Callable:
@@ -37,7 +37,7 @@ def token_logps(logits, labels, ignore_index, inplace_backward, impl):
 @_kernel
 def token_logps_backward(grad, logits, labels, logp, norm, ignore_index, impl):
     backend = load(impl)
-    out = empty(backend, logits, *logits.shape)
+    out = logits.new_empty(logits.shape)
     coef = grad.neg().contiguous()  # d log p / d z = onehot - softmax
     backend.token_logps_backward(coef, logits, labels, logp, norm, ignore_index, out)
     return out
@@ -81,7 +81,7 @@ def linear_token_logps(
     )  # fmt: skip
     size = labels.shape[0]
     dx = hidden.new_empty((size, hidden.shape[1]) if need_dx else (0,))
-    dz = empty(backend, hidden, *((retain_rows, weight.shape[0]) if need_dw else (0,)))
+    dz = hidden.new_empty((retain_rows, weight.shape[0]) if need_dw else (0,))
     logp = streaming.forward(problem, need_dx, need_dw, dx, dz, 0, problem.rows)
     return streaming.place(problem, logp, size), dx, dz
 
@@ -136,7 +136,7 @@ def linear_sppo_grouped(
     device = hidden.device
 
     dx = hidden.new_empty((problem.rows, hidden.shape[1]) if need_dx else (0,))
-    dz = empty(backend, hidden, *((retain_rows, weight.shape[0]) if need_dw or need_db else (0,)))
+    dz = hidden.new_empty((retain_rows, weight.shape[0]) if need_dw or need_db else (0,))
     dw = torch.zeros(weight.shape if need_dw else 0, dtype=torch.float32, device=device)
     db = torch.zeros(weight.shape[0] if need_db else 0, dtype=torch.float32, device=device)
     loss = torch.empty(len(bounds) - 1, dtype=torch.float32, device=device)

@@ -20,8 +20,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sppo_kernels.impl import empty
-
 _ACCUMULATE_COLUMNS = 16384  # vocabulary slice of a partial dW, so that no second [V, D] is held
 _BIAS_COLUMNS = 2048
 
@@ -30,7 +28,7 @@ _BIAS_COLUMNS = 2048
 class Problem:
     """One call: the rows that count, and where their hidden states and log-probs live."""
 
-    backend: ModuleType  # gives row_logps, and may give `empty`
+    backend: ModuleType  # gives row_logps
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V] float32
@@ -78,7 +76,7 @@ class Problem:
         return out.masked_fill_((self.labels[begin:end] == self.ignore_index)[:, None], 0)
 
     def buffer(self, rows: int) -> Tensor:
-        return empty(self.backend, self.hidden, rows, self.weight.shape[0])
+        return self.hidden.new_empty(rows, self.weight.shape[0])
 
 
 def on_host(tensor: Tensor) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from sppo_kernels import _C
+import sppo_kernels._C  # noqa: F401  (registers the operators; fails where it is not built)
 from sppo_kernels._ops import op
 
 __all__ = [
-    "empty",
     "row_logps",
     "segment_expand",
     "segment_sum",
@@ -17,17 +15,6 @@ __all__ = [
     "token_logps",
     "token_logps_backward",
 ]
-
-_HUGE_PAGE_BYTES = 8 << 20  # below it, page faults do not show
-
-
-def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """`like.new_empty(shape)`, on huge pages when it is large."""
-    out = like.new_empty(shape, dtype=dtype)
-    if out.numel() * out.element_size() >= _HUGE_PAGE_BYTES:
-        _C.prefer_huge_pages(out.data_ptr(), out.numel() * out.element_size())
-    return out
-
 
 token_logps = op("native_token_logps")
 token_logps_backward = op("native_token_logps_backward")
