@@ -29,6 +29,19 @@ TITLES = {
 PEERS = ("eager", "eager, float32 log-probs", "torch.compile", "TRL chunked", "Liger sppo_hard")
 
 
+def line(title: str, ours: Result, same: dict[str, Result], ceiling: Result) -> str:
+    """One row of the table: `ours` against the ceiling and the peers of the same run."""
+    cells = [title, f"{ours.best / ceiling.best:.2f}"]
+    for name in PEERS:
+        peer = same.get(name)
+        cells.append(f"{peer.best / ours.best:.2f}" if peer and peer.best else "–")
+    eager = same["eager"].extra_peak
+    cells.append(
+        "–" if eager is None or ours.extra_peak is None else f"{ours.extra_peak / eager:.2f}"
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
 def core_rows() -> tuple[list[str], str]:
     """One line a group and dtype of core-cpu*.json, and the machine's line."""
     results, notes = [], []
@@ -50,13 +63,10 @@ def core_rows() -> tuple[list[str], str]:
         same = {r.provider: r for r in results if (r.group, r.dtype) == (group, dtype)}
         ours = next(r for n, r in same.items() if n.startswith("sppo-kernels"))
         ceiling = next((r for r in same.values() if is_ceiling(r)), None)
-        cells = [f"{TITLES[group]}, {dtype}", f"{ours.best / ceiling.best:.2f}"]
-        for name in PEERS:
-            peer = same.get(name)
-            cells.append(f"{peer.best / ours.best:.2f}" if peer and peer.best else "–")
-        eager = same["eager"].extra_peak
-        cells.append(f"{ours.extra_peak / eager:.2f}" if eager and ours.extra_peak else "–")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(line(f"{TITLES[group]}, {dtype}", ours, same, ceiling))
+        for name, result in same.items():
+            if name.endswith("in place"):
+                lines.append(line(f"{TITLES[group]}, in place, {dtype}", result, same, ceiling))
     return lines, "; ".join(dict.fromkeys(notes))
 
 
