@@ -8,7 +8,9 @@ padded batches) it is transformers' own sdpa. Exact: no mask approximates anothe
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -143,19 +145,44 @@ def _softcapped(q, k, v, mask, scale, softcap, dropout) -> Tensor:
     return torch.nn.functional.dropout(weights, dropout) @ v
 
 
-def _varlen(q, k, v, layout: PackedLayout, scale, window) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+@cache
+def flash_varlen() -> Callable | None:
+    """flash-attn's variable-length attention when the package is installed and loads."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
 
+
+def _varlen(q, k, v, layout: PackedLayout, scale, window) -> Tensor:
+    """One variable-length call: flash-attn's when installed, PyTorch's otherwise.
+
+    Queries are the last of their keys, so causal masking is aligned to the end of both.
+    """
     rows, queries, keys, most_q, most_k = layout.varlen(q.device)
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     left = -1 if window is None else window - 1
-    out = varlen_attn(
-        *(q.contiguous(), k.index_select(0, rows), v.index_select(0, rows)),
-        *(queries, keys, most_q, most_k),
-        scale=scale,
-        window_size=(left, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    tokens = (q.contiguous(), k.index_select(0, rows), v.index_select(0, rows))
+    flash = flash_varlen()
+    if flash is not None:
+        out = flash(
+            *tokens,
+            *(queries, keys, most_q, most_k),
+            softmax_scale=scale,
+            causal=True,
+            window_size=(left, -1 if window is None else 0),
+        )
+    else:
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(
+            *tokens,
+            *(queries, keys, most_q, most_k),
+            scale=scale,
+            window_size=(left, 0),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
     return out.unsqueeze(0)
 
 
