@@ -166,7 +166,11 @@ def _commit() -> str:
         return done.stdout.strip()
 
     commit = git("rev-parse", "HEAD") or os.environ.get("SPPO_KERNELS_COMMIT", "unknown")
-    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return commit + (
+        "+changes"
+        if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        else ""
+    )
 
 
 def write_json(path: Path, results: list[Result], env: dict) -> None:

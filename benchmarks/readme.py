@@ -29,6 +29,12 @@ TITLES = {
 PEERS = ("eager", "eager, float32 log-probs", "torch.compile", "TRL chunked", "Liger sppo_hard")
 
 
+def short(commit: str) -> str:
+    """A commit's first characters, and whether the tree had changes beside it."""
+    name, plus, changes = commit.partition("+")
+    return name[:12] + plus + changes
+
+
 def line(title: str, ours: Result, same: dict[str, Result], ceiling: Result) -> str:
     """One row of the table: `ours` against the ceiling and the peers of the same run."""
     cells = [title, f"{ours.best / ceiling.best:.2f}"]
@@ -52,7 +58,7 @@ def core_rows() -> tuple[list[str], str]:
         machine, versions = data["machine"], data["versions"]
         notes.append(
             f"{machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}, commit "
-            f"{data['commit'][:12]}, {data['date'][:10]}"
+            f"{short(data['commit'])}, {data['date'][:10]}"
         )
     lines = [
         "| case | x bare GEMMs, or copy | " + " | ".join(f"{p}, x ours" for p in PEERS)

@@ -95,3 +95,14 @@ def test_environment_names_machine_versions_and_commit():
     assert env["machine"]["cpu"]
     assert env["versions"]["torch"] == torch.__version__
     assert env["commit"]
+
+
+def test_in_place_leaves_the_inputs_of_the_others_alone():
+    """Timed in turn with others, it must not hand them its gradient as their logits."""
+    inputs = core.prepare("logits", providers.make_inputs("logits", *CASE, torch.float32, CPU))
+    before = inputs.logits.detach().clone()
+    name = "sppo-kernels native, in place"
+    run = core.step(name, core.losses("logits", CPU)[name], inputs, "logits")
+    run.setup()
+    run()
+    assert torch.equal(inputs.logits.detach(), before)
