@@ -142,8 +142,9 @@ def test_grouped_loss(generator, budget_rows, reduction, dtype):
     )  # fmt: skip
     names = ("loss", "logps", "hidden", "weight", "bias")
     for name, value, base, exact in zip(names, ours, eager, truth, strict=True):
-        # loss is one number: its error may be small by luck, so it gets the budget of its terms
-        assert_within_budget(value, base, exact, what=name, roundings=4.0)
+        # one loss, seven sums: eager may be exact by luck, so they get the roundings of their terms
+        slack = 4.0 if name in ("loss", "logps") else 1.0
+        assert_within_budget(value, base, exact, what=name, roundings=slack)
 
 
 @pytest.mark.parametrize("chunk", [7, 16])
