@@ -58,7 +58,8 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
             as in the released code).
         label_smoothing, discopop_tau: of the types that take them; others ignore them, as Liger.
         memory_budget: bytes that may be held for logits; see `linear_sequence_logps`, and for the
-            SPPO types `fused_linear_sppo_loss`. None is their default.
+            SPPO types `fused_linear_sppo_loss`, whose groups under a budget cost no further GEMM.
+            None is their default, which may hold N·V elements where Liger holds a chunk's.
         impl: "auto", "reference", "triton" or "native".
 
     Raises:
