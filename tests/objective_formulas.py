@@ -8,8 +8,12 @@ def sigma(x):
     return 1 / (1 + math.exp(-x))
 
 
+def log_sigma(x):
+    return min(x, 0.0) - math.log1p(math.exp(-abs(x)))
+
+
 def smooth(x, e=0.0):
-    return -(1 - e) * math.log(sigma(x)) - e * math.log(sigma(-x))
+    return -(1 - e) * log_sigma(x) - e * log_sigma(-x)
 
 
 def odds(logp):

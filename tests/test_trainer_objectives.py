@@ -39,7 +39,7 @@ def test_a_step_is_the_step_by_hand(kind, head, changes, generator, tmp_path):
     model = build("llama-untied").eval()
     hand = copy.deepcopy(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    rate = RATE / 10
+    rate = RATE / 10 if kind == "sppo_hard" else RATE  # its gradient is larger, by eta
     args = config(tmp_path, objective=kind, head=head, learning_rate=rate, **changes)
     assert args.pairs == "best_worst"
     trainer = SPPOTrainer(model, args, data)
