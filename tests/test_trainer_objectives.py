@@ -74,9 +74,9 @@ def test_single_probability_is_the_win_rate_of_a_pair(generator, tmp_path):
         trainer = SPPOTrainer(model, config(tmp_path / kind, objective=kind), pairs)
         trainer.train()
         ends.append((trainer.state.log_history[0]["loss"], model.state_dict()))
-    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-6)
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
     for name, value in ends[0][1].items():
-        torch.testing.assert_close(value, ends[1][1][name])
+        torch.testing.assert_close(value, ends[1][1][name], rtol=1e-4, atol=1e-5)
     many = rows(generator, 2, 5)
     many[0]["win_rate"] = [0.9, 0.8, 0.7, 0.6, 0.5]
     trainer = SPPOTrainer(model, config(tmp_path / "many", objective="sppo_single"), many)
