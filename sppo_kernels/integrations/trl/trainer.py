@@ -86,6 +86,10 @@ class SoftSPPOTrainer(DPOTrainer):
         """Our collator, and the fused loss in policy and reference; once."""
         if self._forward is not None:
             return
+        if self._is_vision_dataset:
+            raise NotImplementedError(
+                f"train_dataset: loss_type {self._soft!r} takes text, got a column of images"
+            )
         self._refuse_parallelism()
         if not isinstance(self.data_collator, DataCollatorForSoftSPPO):
             if type(self.data_collator) is not _TRL["DataCollatorForPreference"]:
