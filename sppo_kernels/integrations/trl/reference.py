@@ -13,7 +13,7 @@ def with_reference(trainer: Any, dataset: Any, name: str, batch_size: int) -> An
 
     The file's key is of the data, the reference's weights, the truncation and the precision.
     """
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import broadcast_object_list, gather_object
     from datasets import Dataset, concatenate_datasets
     from datasets.fingerprint import Hasher
 
@@ -30,20 +30,20 @@ def with_reference(trainer: Any, dataset: Any, name: str, batch_size: int) -> An
     )
     fingerprint = [Hasher.hash(key)]
     broadcast_object_list(fingerprint, from_process=0)
+    # Data held in memory has another cache folder on each rank: all must see the file, or none.
     path = dataset._get_cache_file_path(fingerprint[0])
-    if not os.path.exists(path):
-        found = _compute(trainer, dataset, name, batch_size)
-        if trainer.accelerator.is_main_process:
-            dataset.map(
-                lambda _, index: {"ref_logps": found[index]},
-                with_indices=True,
-                remove_columns=dataset.column_names,
-                new_fingerprint=fingerprint[0],
-                cache_file_name=path,
-                desc=f"Caching reference log-probs of {name}",
-            )
-        trainer.accelerator.wait_for_everyone()
-    return concatenate_datasets([dataset, Dataset.from_file(path)], axis=1)
+    there = [os.path.exists(path)]
+    if all(gather_object(there) if trainer.args.world_size > 1 else there):
+        return concatenate_datasets([dataset, Dataset.from_file(path)], axis=1)
+    column = Dataset.from_dict({"ref_logps": _compute(trainer, dataset, name, batch_size)})
+    if trainer.accelerator.is_main_process:
+        column.map(
+            new_fingerprint=fingerprint[0],
+            cache_file_name=path,
+            desc=f"Caching reference log-probs of {name}",
+        )
+    trainer.accelerator.wait_for_everyone()
+    return concatenate_datasets([dataset, column], axis=1)
 
 
 def _compute(trainer: Any, dataset: Any, name: str, batch_size: int) -> list[list[float]]:
