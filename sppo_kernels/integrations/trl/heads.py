@@ -64,6 +64,10 @@ def check_layer(name: str, layer: nn.Module | None) -> None:
     if layer is None:
         raise HeadProbeError(f"{name} has no output embedding")
     kind = type(layer).__name__
+    lora = hasattr(layer, "lora_A") and hasattr(layer, "get_delta_weight")
+    adapter = type(layer).__module__.startswith("peft.") or hasattr(layer, "base_layer")
+    if adapter and not (lora or hasattr(layer, "modules_to_save")):
+        raise HeadProbeError(f"{name}: its head is wrapped by a {kind}, which cannot be merged")
     inner = getattr(layer, "base_layer", layer)
     weight = getattr(inner, "weight", None)
     if not isinstance(weight, Tensor):
@@ -73,10 +77,8 @@ def check_layer(name: str, layer: nn.Module | None) -> None:
             dense("weight", weight)
         except TypeError as error:
             raise HeadProbeError(f"{name}: its head, a {kind}: {error}") from error
-    if inner is layer:
+    if not lora:
         return
-    if not (hasattr(layer, "lora_A") and hasattr(layer, "get_delta_weight")):
-        raise HeadProbeError(f"{name}: its head is wrapped by a {kind}, which cannot be merged")
     if hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
         raise HeadProbeError(f"{name}: LoRA on a head that is sharded cannot be merged; unshard it")
     extras = {
