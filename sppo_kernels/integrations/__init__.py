@@ -1,1 +1,1 @@
-"""The fused operators inside trainers that people already have; each imported only when used."""
+"""Plugs into trainers that people already have; each subpackage imports its library when used."""

@@ -1,21 +1,28 @@
-"""TRL: `SoftSPPOTrainer` and its config; TRL is imported when one of them is first used."""
+"""sppo-kernels inside TRL: `patch()` for every trainer with its fused head, and SoftSPPOTrainer.
 
-from __future__ import annotations
+Importing this imports neither TRL nor transformers; using a name of it does.
+"""
 
-from typing import Any
+import importlib
 
-_LAZY = {
-    "DataCollatorForSoftSPPO": "sppo_kernels.integrations.trl.collator",
-    "SoftSPPOConfig": "sppo_kernels.integrations.trl.config",
-    "SoftSPPOTrainer": "sppo_kernels.integrations.trl.trainer",
+_HOMES = {
+    "HeadProbeError": "heads",
+    "SoftSPPOConfig": "trainer",
+    "SoftSPPOTrainer": "trainer",
+    "UnsupportedTRLError": "versions",
+    "patch": "patching",
+    "patched": "patching",
+    "unpatch": "patching",
 }
 
-__all__ = ["DataCollatorForSoftSPPO", "SoftSPPOConfig", "SoftSPPOTrainer"]
+__all__ = list(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        import importlib
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
