@@ -6,8 +6,9 @@ Importing this imports neither TRL nor transformers; using a name of it does.
 import importlib
 
 _HOMES = {
+    "DataCollatorForSoftSPPO": "collator",
     "HeadProbeError": "heads",
-    "SoftSPPOConfig": "trainer",
+    "SoftSPPOConfig": "config",
     "SoftSPPOTrainer": "trainer",
     "UnsupportedTRLError": "versions",
     "patch": "patching",

@@ -5,6 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from sppo_kernels.integrations.trl.versions import UnsupportedTRLError
+
+__all__ = ["UnsupportedTRLError", "check_version", "load", "missing_hooks"]
+
 TESTED = ("1.16",)  # minor versions whose every patch release is taken as tested
 
 # method -> its parameters in order, of those that are overridden or called
@@ -47,10 +51,6 @@ HELPERS = (
 COLLATOR = ("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of")
 
 
-class UnsupportedTRLError(ImportError):
-    """This version of TRL lacks something the trainer hooks into; the message names it."""
-
-
 def missing_hooks(trainer: type, config: type, collator: type) -> list[str]:
     """What DPOTrainer, DPOConfig and DataCollatorForPreference lack, in words."""
     found = []
@@ -90,7 +90,8 @@ def load() -> dict[str, Any]:
     """TRL's classes and helpers by name, checked.
 
     Raises:
-        ImportError: TRL is not installed, or (UnsupportedTRLError) is a version without the hooks.
+        ImportError: TRL is not installed.
+        UnsupportedTRLError: it is a version without the hooks.
     """
     import importlib
 

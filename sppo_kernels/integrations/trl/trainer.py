@@ -10,13 +10,13 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from sppo_kernels.data import DataError
+from sppo_kernels.head import HeadProbeError, causal_lm
 from sppo_kernels.integrations.trl import hooks, rows
 from sppo_kernels.integrations.trl.collator import DataCollatorForSoftSPPO, SoftBatch
 from sppo_kernels.integrations.trl.config import SoftSPPOConfig
 from sppo_kernels.integrations.trl.forward import SoftForward, install
 from sppo_kernels.integrations.trl.metrics import SoftMetrics
 from sppo_kernels.integrations.trl.reference import with_reference
-from sppo_kernels.trainer.head import HeadProbeError, causal_lm
 
 _TRL = hooks.load()
 DPOTrainer: Any = _TRL["DPOTrainer"]
@@ -104,7 +104,10 @@ class SoftSPPOTrainer(DPOTrainer):
         args = self.args
         settings = {"eta": args.eta, "units": args.loss_units}
         settings |= {"memory_budget": args.memory_budget, "impl": args.impl}
-        forward = install(causal_lm(self.model), settings)
+        policy = self.accelerator.unwrap_model(self.model)
+        # Prompt learning is PEFT's own forward around ours, so the model in it is what counts.
+        lm = policy.get_base_model() if is_peft_model(policy) else causal_lm(policy)
+        forward = install(lm, settings)
         if self.ref_model is not None:
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             like = forward if sharded or not self._ref_given else None
