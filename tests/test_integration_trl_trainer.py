@@ -323,3 +323,18 @@ def test_streams(generator, tmp_path):
     )
     streamed.train()
     assert torch.equal(tools.losses(streamed), tools.losses(mapped))
+
+
+@pytest.mark.parametrize("kind", ["sppo", "sigmoid"])
+def test_with_trl_patched(kind, generator, tmp_path):
+    """`patched()` replaces TRL's function, which a loss of TRL's calls and ours does not."""
+    from sppo_kernels.integrations import trl
+
+    data = tools.pairs(generator, 4)
+    model = build("llama-untied").eval()
+    plain = tools.trainer(copy.deepcopy(model), data, tmp_path, loss_type=kind, max_steps=2)
+    plain.train()
+    with trl.patched():
+        trainer = tools.trainer(copy.deepcopy(model), data, tmp_path, loss_type=kind, max_steps=2)
+        trainer.train()
+    torch.testing.assert_close(tools.losses(trainer), tools.losses(plain), rtol=1e-5, atol=1e-5)
