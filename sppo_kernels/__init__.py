@@ -8,6 +8,7 @@ from sppo_kernels.loss import fused_linear_sppo_loss, fused_sppo_loss, sppo_loss
 from sppo_kernels.nn import FusedLinearSPPOLoss, FusedSPPOLoss, PairwiseLoss, SPPOLoss
 from sppo_kernels.pairwise import pairwise_loss
 from sppo_kernels.preference import select_pairs, sppo_targets, symmetrize, win_rates
+from sppo_kernels.token_stats import linear_token_stats
 from sppo_kernels.types import (
     Aggregate,
     Comparisons,
@@ -16,6 +17,7 @@ from sppo_kernels.types import (
     SPPOOutput,
     SPPOTargets,
     Strengths,
+    TokenStats,
     Tournament,
 )
 
@@ -33,6 +35,7 @@ __all__ = [
     "SPPOOutput",
     "SPPOTargets",
     "Strengths",
+    "TokenStats",
     "Tournament",
     "aggregate",
     "bradley_terry",
@@ -40,6 +43,7 @@ __all__ = [
     "fused_sppo_loss",
     "linear_sequence_logps",
     "linear_token_logps",
+    "linear_token_stats",
     "load_comparisons",
     "nash",
     "pairwise_loss",

@@ -1,1 +1,1 @@
-"""Adapters for training code that others wrote. Each imports its package only when used."""
+"""Plugs into trainers that people already have; each subpackage imports its library when used."""
