@@ -1,45 +1,118 @@
-"""Measures preference games on the CPU against eager torch, evalica and nashpy.
+"""Measures preference games on the CPU against eager torch, evalica, choix, nashpy and scipy.
 
-    python -m benchmarks.games [--games 100000] [--threads 1] [--json PATH]
+    python -m benchmarks games [--games 100000] [--threads 1] [--json PATH]
 
-Every figure passes a correctness check first. Competitors run in turns within one process, and the
-best of many turns counts, since other work on the machine only ever slows a turn down. With one
-thread (the default) the clock is the CPU time of that thread: what a core spends on a game.
+Every figure passes a correctness check first. Competitors run in turns within one process. With one
+thread (the default) the clock is the CPU time of that thread: what a core spends on a game. Peers
+take one game a call, so they are timed on a sample; all times are divided by their games.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.harness import resident_extra_peak
+from benchmarks.memory import forked
+from benchmarks.rows import OURS, Refused, Row, environment, write_json
 from sppo_kernels.comparisons import aggregate
 from sppo_kernels.games import bradley_terry, nash, tournament
 from sppo_kernels.preference import sppo_targets, symmetrize
 
+NATIVE = f"{OURS} native"
+# What measures a call's extra memory; set by main, whose process is fit to be forked.
+remember: Callable[[Callable[[], object]], int | None] | None = None
+SPENT = "not measured: the time budget was spent"
 
-def interleaved(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Best seconds of each call over `turns` rounds in which every call has one turn."""
+
+def timed(calls: dict[str, tuple[Callable[[], object], int]], turns: int) -> dict[str, list[float]]:
+    """Seconds a game of each call over `turns` rounds in which every call has one turn.
+
+    Args:
+        calls: the call and the number of games it plays, by provider.
+    """
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    best = dict.fromkeys(calls, float("inf"))
-    for call in calls.values():
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call, _ in calls.values():
         call()
     for _ in range(turns):
-        for name, call in calls.items():
+        for name, (call, games) in calls.items():
             start = clock()
             call()
-            best[name] = min(best[name], clock() - start)
-    return best
+            times[name].append(max(clock() - start, 1e-9) / games)
+    return times
+
+
+def rows_of(
+    case: str,
+    calls: dict[str, tuple[Callable[[], object], int]],
+    turns: int,
+    *,
+    dtype: str = "float64",
+    inputs: str,
+    errors: dict[str, float] | None = None,
+    absent: dict[str, str] | None = None,
+    per: str = "game",
+) -> list[Row]:
+    """Time the calls in turn; `absent` names providers that cannot run, and why."""
+    most = max(games for _, games in calls.values())
+    rows = []
+    for name, times in timed(calls, turns).items():
+        call, games = calls[name]
+        rows.append(
+            Row(
+                "games", case, dtype, name, times=times, inputs=inputs, per=per,
+                error=(errors or {}).get(name), extra_peak=remember(call) if remember else None,
+                note="" if games == most else f"timed on {games} of them",
+            )
+        )  # fmt: skip
+    return rows + [
+        Row("games", case, dtype, name, note=f"cannot run: {why}", inputs=inputs, per=per)
+        for name, why in (absent or {}).items()
+    ]
+
+
+def missing(*packages: str) -> dict[str, str]:
+    """Those of the packages that are not installed, with the words that say so."""
+    return {
+        name: f"{name} is not installed"
+        for name in packages
+        if importlib.util.find_spec(name) is None
+    }
+
+
+def within(what: str, error: float, limit: float) -> float:
+    """The error, if it is at most the limit.
+
+    Raises:
+        Refused: it is not, or it is NaN.
+    """
+    if not error <= limit:
+        raise Refused(f"{what}: wrong by {error:.1e}, more than {limit:.0e}")
+    return error
+
+
+def times_faster(rows: list[Row], provider: str) -> float:
+    """How many times as long as ours a provider's best game takes."""
+    best = {r.provider: r.best for r in rows}
+    return best[provider] / best[NATIVE]
+
+
+def random_tables(games: int, k: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(games, k, k, generator=generator)
+
+
+def described(games: int, k: int) -> str:
+    return f"{games} games of {k} with normal scores of deviation 2"
 
 
 def eager_targets(x: Tensor, eta: float) -> tuple[Tensor, ...]:
@@ -52,92 +125,118 @@ def eager_targets(x: Tensor, eta: float) -> tuple[Tensor, ...]:
     return win, eta * (win - 0.5), best, worst, prob
 
 
-def random_tables(games: int, k: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return 2 * torch.randn(games, k, k, generator=generator)
-
-
-def measure_targets(games: int, k: int, turns: int = 15) -> dict:
+def measure_targets(games: int, k: int, turns: int = 15) -> list[Row]:
+    """Symmetrise, win rates, best and worst, targets, in one pass; float32."""
     x = random_tables(games, k, k)
-    ours, theirs = sppo_targets(x, logits=True, impl="native"), eager_targets(x, 1000.0)
-    for a, b in zip(ours, theirs, strict=True):
-        if a.dtype == torch.int64:
-            assert (a == b).float().mean() > 0.999  # win rates within rounding of each other
-        else:
-            close = (a - b).abs() <= 1e-3 * (1 + b.abs())
-            assert close.float().mean() > 0.999
-    seconds = interleaved(
-        {
-            "native": lambda: sppo_targets(x, logits=True, impl="native"),
-            "reference": lambda: sppo_targets(x, logits=True, impl="reference"),
-            "lean": lambda: eager_targets(x, 1000.0),
-        },
-        turns,
-    )
-    return {
-        "ns_per_prompt": seconds["native"] / games * 1e9,
-        "reference_ns_per_prompt": seconds["reference"] / games * 1e9,
-        "lean_eager_ns_per_prompt": seconds["lean"] / games * 1e9,
-        "times_faster_than_reference": seconds["reference"] / seconds["native"],
-        "times_faster_than_lean_eager": seconds["lean"] / seconds["native"],
+    truth = eager_targets(x.double(), 1000.0)
+    providers = {
+        NATIVE: lambda: sppo_targets(x, logits=True, impl="native"),
+        f"{OURS} reference": lambda: sppo_targets(x, logits=True, impl="reference"),
+        "lean eager": lambda: eager_targets(x, 1000.0),
     }
+    errors = {}
+    for name, call in providers.items():
+        win, _, best, worst, _ = call()
+        errors[name] = within(name, float((win - truth[0]).abs().max()), 1e-5)
+        for got, want in ((best, truth[2]), (worst, truth[3])):  # equal but for near ties
+            within(f"{name}, picks", float((got != want).double().mean()), 1e-3)
+    calls = {name: (call, games) for name, call in providers.items()}
+    return rows_of(
+        f"fused path K={k}", calls, turns, dtype="float32", errors=errors, per="prompt",
+        inputs=described(games, k),
+    )  # fmt: skip
 
 
-def measure_nash(games: int, k: int, turns: int = 9) -> dict:
-    import nashpy
+def exploitability(payoff: Tensor, strategy: Tensor) -> float:
+    """Largest gain over a batch of strategies in symmetric games with payoff P − Pᵀ, halved."""
+    return float((payoff @ strategy[..., None]).amax((-1, -2)).max()) / 2
 
+
+def scipy_nash(payoff: np.ndarray) -> np.ndarray:
+    """The equilibrium of a symmetric zero-sum game by scipy's linear programming."""
+    from scipy.optimize import linprog
+
+    k = len(payoff)
+    cost = np.append(np.zeros(k), -1.0)  # maximise the value v with payoffᵀ x ≥ v
+    found = linprog(
+        cost, A_ub=np.hstack([-payoff.T, np.ones((k, 1))]), b_ub=np.zeros(k),
+        A_eq=np.append(np.ones(k), 0.0)[None], b_eq=[1.0], bounds=[(0, None)] * k + [(None, None)],
+    )  # fmt: skip
+    return found.x[:k]
+
+
+def measure_nash(games: int, k: int, turns: int = 9) -> list[Row]:
+    """Exact equilibria; the error is the largest exploitability."""
     p = symmetrize(random_tables(games, k, k).double())
-    found = nash(p, impl="native")
-    payoffs = p - p.mT
-    gain = (payoffs @ found.strategy[:, :, None]).amax((-1, -2)) / 2
-    assert float(gain.max()) <= 1e-10
-    sample = [nashpy.Game((game - 0.5).numpy()) for game in p[:20]]
-    row, _ = sample[0].linear_program()
-    assert float((payoffs[0].numpy() @ row).max()) < 1e-6
+    payoff = p - p.mT
+    tables = [g.numpy() for g in payoff[:20]]
+    solvers: dict[str, Callable[[], list[np.ndarray]]] = {}
+    absent = missing("nashpy", "scipy")
+    if "nashpy" not in absent:
+        import nashpy
 
-    seconds = interleaved(
-        {
-            "native": lambda: nash(p, impl="native"),
-            "nashpy": lambda: [game.linear_program() for game in sample],
-        },
-        turns,
+        sample = [nashpy.Game(t / 2) for t in tables]
+        solvers["nashpy"] = lambda: [g.linear_program()[0] for g in sample]
+    if "scipy" not in absent:
+        solvers["scipy linprog"] = lambda: [scipy_nash(t) for t in tables]
+    found = nash(p, impl="native").strategy
+    errors = {NATIVE: within(NATIVE, exploitability(payoff, found), 1e-10)}
+    for name, call in solvers.items():
+        strategy = torch.from_numpy(np.stack(call()))
+        errors[name] = within(name, exploitability(payoff[: len(tables)], strategy), 1e-6)
+    calls = {NATIVE: (lambda: nash(p, impl="native"), games)}
+    calls |= {name: (call, len(tables)) for name, call in solvers.items()}
+    return rows_of(
+        f"nash K={k}", calls, turns, errors=errors, absent=absent, inputs=described(games, k)
     )
-    ours, theirs = seconds["native"] / games, seconds["nashpy"] / len(sample)
-    return {
-        "us_per_game": ours * 1e6,
-        "largest_exploitability": float(gain.max()),
-        "nashpy_us_per_game": theirs * 1e6,
-        "times_faster_than_nashpy": theirs / ours,
-    }
 
 
-def measure_bradley_terry(games: int, k: int, turns: int = 7) -> dict:
-    import evalica
-
+def measure_bradley_terry(games: int, k: int, turns: int = 7) -> list[Row]:
+    """Maximum-likelihood strengths; the error is against the most exact of the peers."""
     p = symmetrize(random_tables(games, k, k).double())
-    off = (~torch.eye(k, dtype=torch.bool)).nonzero()
-    xs, ys = off[:, 0].tolist(), off[:, 1].tolist()
-    wins = [evalica.Winner.X] * len(xs)
-    index = evalica.indexing(xs, ys)[2]
-    weights = [game[off[:, 0], off[:, 1]].tolist() for game in p[:50]]
-
-    def evalica_all(**options):
-        return [
-            evalica.bradley_terry(xs, ys, wins, index=index, weights=w, **options) for w in weights
-        ]
-
-    theirs = np.log(evalica_all(tolerance=1e-14, limit=10**6)[0].scores.sort_index().to_numpy())
-    ours = bradley_terry(p, impl="native").strength
-    assert np.abs(ours[0].numpy() - theirs + theirs.mean()).max() < 1e-8
-    seconds = interleaved(
-        {"native": lambda: bradley_terry(p, impl="native"), "evalica": evalica_all}, turns
-    )
-    mine, other = seconds["native"] / games, seconds["evalica"] / len(weights)
-    return {
-        "us_per_game": mine * 1e6,
-        "evalica_us_per_game": other * 1e6,
-        "times_faster_than_evalica": other / mine,
+    absent = missing("evalica", "choix")
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        NATIVE: (lambda: bradley_terry(p, impl="native"), games)
     }
+    ours, errors = bradley_terry(p, impl="native").strength[0].numpy(), {}
+    if "evalica" not in absent:
+        import evalica
+
+        off = (~torch.eye(k, dtype=torch.bool)).nonzero()
+        xs, ys = off[:, 0].tolist(), off[:, 1].tolist()
+        wins = [evalica.Winner.X] * len(xs)
+        index = evalica.indexing(xs, ys)[2]
+        weights = [game[off[:, 0], off[:, 1]].tolist() for game in p[:50]]
+
+        def evalica_all(**options):
+            return [
+                evalica.bradley_terry(xs, ys, wins, index=index, weights=w, **options)
+                for w in weights
+            ]
+
+        exact = evalica_all(tolerance=1e-14, limit=10**6)[0].scores.sort_index().to_numpy()
+        errors[NATIVE] = within(NATIVE, _apart(ours, np.log(exact)), 1e-8)
+        calls["evalica"] = (evalica_all, len(weights))
+    if "choix" not in absent:
+        import choix
+
+        wins_of = [(g - torch.diag(torch.diagonal(g))).numpy() for g in p[:20]]
+        theirs = choix.ilsr_pairwise_dense(wins_of[0], tol=1e-12)
+        error = within(NATIVE, _apart(ours, theirs), 1e-8)
+        errors[NATIVE] = max(errors.get(NATIVE, 0.0), error)
+        calls["choix"] = (
+            lambda: [choix.ilsr_pairwise_dense(w) for w in wins_of],
+            len(wins_of),
+        )
+    return rows_of(
+        f"bradley_terry K={k}", calls, turns, errors=errors, absent=absent,
+        inputs=described(games, k),
+    )  # fmt: skip
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest difference of strengths, which have no origin."""
+    return float(np.abs((a - a.mean()) - (b - b.mean())).max())
 
 
 def random_comparisons(games: int, k: int, each: int) -> tuple[Tensor, ...]:
@@ -150,137 +249,144 @@ def random_comparisons(games: int, k: int, each: int) -> tuple[Tensor, ...]:
     return i, j, outcome, game
 
 
-def measure_aggregate(games: int, k: int, each: int, turns: int = 7) -> dict:
-    import evalica
-
+def measure_aggregate(games: int, k: int, each: int, turns: int = 7) -> list[Row]:
+    """Win rates from single comparisons; the error is against evalica's average_win_rate."""
     i, j, outcome, game = random_comparisons(games, k, each)
-    words = {1.0: evalica.Winner.X, 0.0: evalica.Winner.Y, 0.5: evalica.Winner.Draw}
-    tables = []
-    for g in range(50):
-        rows = game == g
-        wins = [words[o] for o in outcome[rows].tolist()]
-        tables.append((i[rows].tolist(), j[rows].tolist(), wins))
 
     def ours():
         return aggregate(i, j, outcome, game=game, num_games=games, size=k, impl="native")
 
-    def theirs():
-        return [evalica.average_win_rate(*table) for table in tables]
+    calls, errors = {NATIVE: (ours, games)}, {}
+    absent = missing("evalica")
+    if not absent:
+        import evalica
 
-    rates = ours().win_rate
-    for g, result in enumerate(theirs()):
-        scores = result.scores
-        assert np.allclose(rates[g][list(scores.index)], scores.to_numpy(), atol=1e-12)
-    seconds = interleaved({"native": ours, "evalica": theirs}, turns)
-    mine, other = seconds["native"] / games, seconds["evalica"] / len(tables)
-    return {
-        "us_per_game": mine * 1e6,
-        "ns_per_comparison": seconds["native"] / (games * each) * 1e9,
-        "evalica_us_per_game": other * 1e6,
-        "times_faster_than_evalica": other / mine,
-    }
+        words = {1.0: evalica.Winner.X, 0.0: evalica.Winner.Y, 0.5: evalica.Winner.Draw}
+        tables = []
+        for g in range(50):
+            part = slice(g * each, (g + 1) * each)
+            wins = [words[o] for o in outcome[part].tolist()]
+            tables.append((i[part].tolist(), j[part].tolist(), wins))
+
+        def theirs():
+            return [evalica.average_win_rate(*table) for table in tables]
+
+        rates = ours().win_rate
+        apart = max(
+            float(np.abs(rates[g][list(r.scores.index)].numpy() - r.scores.to_numpy()).max())
+            for g, r in enumerate(theirs())
+        )
+        errors[NATIVE] = within(NATIVE, apart, 1e-12)
+        calls["evalica"] = (theirs, len(tables))
+    return rows_of(
+        f"aggregate K={k}, {each} comparisons", calls, turns, errors=errors, absent=absent,
+        inputs=f"{games} games of {k} with {each} random comparisons each",
+    )  # fmt: skip
 
 
-def measure_linearity(k: int = 16, turns: int = 7) -> dict:
-    """Seconds for N, 2N, 4N, 8N comparisons of the same 2,000 games, and N times as much each."""
-    seconds = {}
+def measure_linearity(k: int = 16, turns: int = 7, games: int = 2000) -> list[Row]:
+    """Aggregation of N, 2N, 4N, 8N comparisons, seconds a comparison: linear when they agree."""
+    rows = []
     for each in (250, 500, 1000, 2000):
-        i, j, outcome, game = random_comparisons(2000, k, each)
+        i, j, outcome, game = random_comparisons(games, k, each)
 
         def call(i=i, j=j, outcome=outcome, game=game):
-            return aggregate(i, j, outcome, game=game, num_games=2000, size=k, impl="native")
+            return aggregate(i, j, outcome, game=game, num_games=games, size=k, impl="native")
 
-        assert float(call().count.sum()) == 2 * 2000 * each
-        seconds[2000 * each] = interleaved({"native": call}, turns)["native"]
-    return {f"ns_per_comparison_of_{n}": t / n * 1e9 for n, t in seconds.items()}
+        within("counts", abs(float(call().count.sum()) - 2 * games * each), 0.0)
+        rows += rows_of(
+            f"aggregate K={k}, {each} comparisons, each", {NATIVE: (call, games * each)}, turns,
+            inputs=f"{games} games of {k} with {each} random comparisons each", per="comparison",
+        )  # fmt: skip
+    return rows
 
 
-def measure_others(games: int, k: int, turns: int = 5) -> dict:
+def measure_tournament(games: int, k: int, turns: int = 5) -> list[Row]:
+    """Condorcet winner, Smith set, cycles; eager torch is the reference implementation."""
     p = symmetrize(random_tables(games, k, k).double())
-    seconds = interleaved({"tournament": lambda: tournament(p, impl="native")}, turns)
-    return {"tournament_us_per_game": seconds["tournament"] / games * 1e6}
+    few = p[: max(10, games // 100)]
+    ours, truth = tournament(few, impl="native"), tournament(few, impl="reference")
+    wrong = float((ours.smith != truth.smith).double().mean())
+    calls = {
+        NATIVE: (lambda: tournament(p, impl="native"), games),
+        f"{OURS} reference": (lambda: tournament(few, impl="reference"), len(few)),
+    }
+    return rows_of(
+        f"tournament K={k}", calls, turns, errors={NATIVE: within(NATIVE, wrong, 0.0)},
+        inputs=described(games, k),
+    )  # fmt: skip
 
 
-def measure_large_nash(k: int = 128, turns: int = 3) -> dict:
+def measure_large_nash(k: int = 128, turns: int = 3) -> list[Row]:
     """What the limit of the simplex method is chosen by: exactness and time at large K."""
     p = symmetrize(random_tables(4, k, k).double())
-    exact = nash(p, method="simplex", impl="native")
-    rough = nash(p, method="mirror", impl="native")
-    assert float(exact.residual.max()) <= 1e-10
-    seconds = interleaved(
-        {m: (lambda m=m: nash(p, method=m, impl="native")) for m in ("simplex", "mirror")}, turns
-    )
-    return {
-        "simplex_ms_per_game": seconds["simplex"] / 4 * 1e3,
-        "simplex_residual": float(exact.residual.max()),
-        "mirror_ms_per_game": seconds["mirror"] / 4 * 1e3,
-        "mirror_residual": float(rough.residual.max()),
+    methods = {f"{NATIVE}, {m}": m for m in ("simplex", "mirror")}
+    errors = {
+        name: float(nash(p, method=m, impl="native").residual.max()) for name, m in methods.items()
     }
-
-
-def machine() -> dict:
-    """Processor, versions and commit, to stand beside the figures."""
-    from sppo_kernels._C import build_info
-
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = lines[0].split(":", 1)[1].strip() if lines else model
-    versions = {}
-    for name in ("torch", "numpy", "evalica", "nashpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    return {
-        "cpu": model,
-        "python": platform.python_version(),
-        "versions": versions,
-        "build": dict(build_info()),
-        "commit": commit.stdout.strip() or None,
-        "uncommitted_changes": bool(dirty.stdout.strip()),
+    within("simplex", errors[f"{NATIVE}, simplex"], 1e-10)
+    calls = {
+        name: ((lambda m=m: nash(p, method=m, impl="native")), 4) for name, m in methods.items()
     }
+    return rows_of(f"nash K={k}", calls, turns, errors=errors, inputs=described(4, k))
 
 
-def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def plan(games: int) -> list[Callable[[], list[Row]]]:
+    """What is measured, the most important first."""
+    tenth = max(20, games // 10)
+    return [
+        lambda: measure_targets(games, 5),
+        lambda: measure_nash(games, 5),
+        lambda: measure_targets(games, 16),
+        lambda: measure_nash(tenth, 16),
+        lambda: measure_bradley_terry(games, 5),
+        lambda: measure_aggregate(games, 5, 20),
+        lambda: measure_bradley_terry(tenth, 16),
+        lambda: measure_aggregate(tenth, 16, 240),
+        lambda: measure_nash(max(20, tenth // 10), 32, 5),
+        measure_large_nash,
+        lambda: measure_tournament(tenth, 5),
+        lambda: measure_tournament(tenth, 16),
+        lambda: measure_linearity(games=max(20, games // 50)),
+    ]
+
+
+def measure(games: int, seconds: float | None = None) -> list[Row]:
+    """All rows; what the time did not suffice for becomes one row that says so."""
+    end = None if seconds is None else time.monotonic() + seconds
+    rows: list[Row] = []
+    steps = plan(games)
+    for number, step in enumerate(steps):
+        if end is not None and time.monotonic() > end:
+            left = f"{len(steps) - number} of {len(steps)} cases"
+            rows.append(Row("games", left, "float64", "all providers", note=SPENT))
+            break
+        rows += step()
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks games", description=__doc__)
     parser.add_argument("--games", type=int, default=100_000, help="prompts a batch")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, for both sides")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    games, tenth = options.games, max(100, options.games // 10)
-    report = {
-        "machine": machine(),
-        "games": games,
-        "threads": options.threads,
-        "clock": "CPU time of the thread" if options.threads == 1 else "wall",
-        "fused path": {f"K={k}": measure_targets(games, k) for k in (5, 16)},
-        "nash": {"K=5": measure_nash(games, 5), "K=8": measure_nash(games, 8)}
-        | {"K=16": measure_nash(tenth, 16), "K=32": measure_nash(tenth // 10, 32, 5)},
-        "nash, K=128": measure_large_nash(),
-        "bradley_terry": {
-            "K=5": measure_bradley_terry(games, 5),
-            "K=16": measure_bradley_terry(tenth, 16),
-        },
-        "aggregate": {
-            "K=5, 20 comparisons": measure_aggregate(games, 5, 20),
-            "K=16, 240 comparisons": measure_aggregate(tenth, 16, 240),
-        },
-        "aggregate, linearity": measure_linearity(),
-        "tournament": {f"K={k}": measure_others(tenth, k) for k in (5, 16)},
-    }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
-    return report
+    parser.add_argument("--seconds", type=float, help="time budget")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    global remember
+    if args.threads == 1 and sys.platform.startswith("linux"):
+
+        def remember(call: Callable[[], object]) -> int | None:
+            return forked(lambda: resident_extra_peak(call))
+
+    rows = measure(args.games, args.seconds)
+    if args.json:
+        write_json(args.json, rows, environment())
+    from benchmarks.render import compact
+
+    print(compact(rows, 80))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

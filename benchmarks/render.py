@@ -32,9 +32,9 @@ def ours_of(rows: Iterable[Row], row: Row) -> Row | None:
 
 def cells(rows: Sequence[Row], row: Row) -> tuple[str, ...]:
     """One row of the table, in the order of HEADER; a provider that is absent says why."""
-    case = f"{row.case}, {row.inputs.split(' ')[0]}" if row.inputs else row.case
-    if "all " in row.inputs:
-        case += " all rows"
+    case = row.case
+    if row.inputs.startswith(("zipf", "flat")):
+        case += f", {row.inputs[:4]}" + (", all rows" if " all " in row.inputs else "")
     if not row.times:
         return (row.group, case, row.dtype, row.provider, *[""] * 7, row.note)
     ours, share = ours_of(rows, row), ceiling_ratio(rows, row)

@@ -204,5 +204,7 @@ def commit() -> str:
         return done.stdout.strip()
 
     name = git("rev-parse", "HEAD") or os.environ.get("SPPO_KERNELS_COMMIT", "unknown")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
+    )
     return name + ("+changes" if changed else "")
