@@ -2,8 +2,8 @@
 
 A row's figure is its best time over the best time of the ceiling measured in turn with it; where
 there is no ceiling, or with --absolute, the best time itself. How far a figure may move is the sum,
-over the times that enter it in both runs, of (median − best) / best: how much a typical call of that
-run was slowed by other work. Never less than the floor (5 %), nor less than twice the floor when a
+over the times that enter it in both runs, of (median − best) / best: how much other work slowed a
+typical call of that run. Never less than the floor (5 %), nor less than twice the floor when a
 row has fewer than three times. B's figure beyond A's by more is a regression; so is extra memory
 that grew by more than 5 % and 8 MiB, and a row that A has and B has not. Exit status 1 tells.
 """

@@ -5,7 +5,7 @@ A batch has eight responses of T rows each: the prompt's (label -100), the respo
 every row counts.
 
 Peaked ("zipf") logits: a token's frequency falls as its rank^-1.1, which a head stores along one
-direction of its rows; context adds normal noise of deviation 1.5, and the label's logit is raised by
+direction of its rows; context adds normal noise of deviation 1.5, and a label's logit is raised by
 2 to 10, so that labels are about as likely as a model's own text is to the model. Flat logits are
 normal noise of deviation 0.5, with labels drawn evenly.
 """

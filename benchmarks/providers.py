@@ -1,8 +1,8 @@
 """What is compared, in one table: this package, eager PyTorch, torch.compile, and the peers.
 
 Every provider takes `Inputs` and returns a loss; its backward leaves gradients in the inputs'
-leaves. `task` says which loss it can compute (benchmarks/truth.py): most the SPPO loss with soft win
-rates, some peers only hard labels or a plain cross-entropy, and their gate asks for that.
+leaves. `task` says which loss it can compute (benchmarks/truth.py): most the SPPO loss with soft
+win rates, some peers only hard labels or a plain cross-entropy, and their gate asks for that.
 """
 
 from __future__ import annotations

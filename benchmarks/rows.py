@@ -204,7 +204,6 @@ def commit() -> str:
         return done.stdout.strip()
 
     name = git("rev-parse", "HEAD") or os.environ.get("SPPO_KERNELS_COMMIT", "unknown")
-    changed = git(
-        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
-    )
+    tracked = ("status", "--porcelain", "--untracked-files=no")
+    changed = git(*tracked, "--", ".", ":!benchmarks/results")
     return name + ("+changes" if changed else "")

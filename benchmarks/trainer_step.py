@@ -1,4 +1,4 @@
-"""SPPOTrainer against TRL's DPOTrainer, each in a process of its own, one thread each, side by side.
+"""SPPOTrainer against TRL's DPOTrainer, each in its own process with one thread, side by side.
 
     python -m benchmarks trainer [--json FILE]      both
     python -m benchmarks trainer ours|trl           one, in this process; prints a JSON line
