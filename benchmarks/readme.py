@@ -20,7 +20,8 @@ BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 INTRODUCTION = """\
 Every provider passed a gate against float64 before it was timed, on all rows of the batch. Of
 ceiling: our rate over that of the bare matrix products (3, 2 or 1) of the rows that count, or over
-the bandwidth of a copy of the logits, in the same run; reading alone can be faster than a copy.
+the bandwidth of a copy of the logits to fresh memory, in the same run, which what writes in place
+or only reads can exceed.
 Other columns: a provider's best time over ours, calls taken in turn. Memory: our extra peak over
 eager's. Prompts and padding are rows that do not count: providers that cannot leave them out pay
 for them, as in life; "all rows" has none."""
@@ -41,6 +42,10 @@ COLUMNS = {
     "`F.linear_cross_entropy`": ("F.linear_cross_entropy",),
     "released SPPO": ("released SPPO",),
 }
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:.0f}"
 
 
 def short(commit: str) -> str:
@@ -66,9 +71,8 @@ def loss_lines(rows: Sequence[Row]) -> list[str]:
     lines = [r for r in rows if r.times and r.is_ours and "reference" not in r.provider]
     if not lines:
         return []
-    shown = [
-        c for c, names in COLUMNS.items() if any(r.provider in names and r.times for r in rows)
-    ]
+    measured = {r.provider for r in rows if r.times}
+    shown = [column for column, names in COLUMNS.items() if measured & {*names}]
     out = [
         "| case | of ceiling | " + " | ".join(shown) + " | memory |",
         "|" + " --- |" * (len(shown) + 3),
@@ -117,7 +121,7 @@ def game_lines(rows: Sequence[Row]) -> list[str]:
                 cells.append("–")
                 continue
             peers = [
-                f"{r.provider.removeprefix('sppo-kernels ')} {r.best / ours.best:.3g}"
+                f"{r.provider.removeprefix('sppo-kernels ')} {times(r.best / ours.best)}"
                 for r in case
                 if r is not ours
             ]
@@ -157,7 +161,8 @@ def machine_block(folder: Path) -> list[str]:
         f"torch {e['versions']['torch']}, commit {short(e['commit'])}, {e['date'][:10]}"
         for e in envs
     )
-    name = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    threads = max(e["machine"]["threads"] for e in envs)
+    name = machine["gpu"] or f"{machine['cpu']}, {threads} threads"
     plots = "".join(
         f" [{n}]({(folder / f'{n}.svg').relative_to(ROOT).as_posix()})"
         for n in ("ratios", "memory")
