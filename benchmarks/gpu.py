@@ -3,8 +3,8 @@
     python -m benchmarks gpu --out FOLDER [--budget 480]
 
 Works with the machine's own Python, torch and triton. Peers that are not installed are rows that
-say so. Stops by itself within the budget: cases run in order of importance, each in a process of its
-own, and what did not fit is a row that says so. FOLDER gets results.json, table.md, plots,
+say so. Stops by itself within the budget: cases run in order of importance, each in a process of
+its own, and what did not fit is a row that says so. FOLDER gets results.json, table.md, plots,
 tests.xml and log.txt; a table of at most 60 lines is printed last.
 """
 
