@@ -123,6 +123,7 @@ def run_case(
     deadline: float | None = None,
     batch: Batch | None = None,
     found: list[Provider] | None = None,
+    keep: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
     """Gate, then time every provider of a group in turn, then measure memory.
 
@@ -132,6 +133,7 @@ def run_case(
         deadline: of time.monotonic(); providers not gated by then become rows that say so.
         batch: the inputs, when several groups share them.
         found: the providers, instead of those of the table.
+        keep: called with the rows when their times are known and memory is not.
     """
     case = Case(*case)
     torch._dynamo.reset()
@@ -193,6 +195,8 @@ def run_case(
     ).items():
         rows[name].times = times
     p.clear(inputs)
+    if keep is not None:
+        keep(list(rows.values()))
     if memory_too:
         _measure_memory(rows, calls, inputs, group, case, name_of_dtype, device, deadline)
     return list(rows.values())
@@ -286,6 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     deadline = None if args.seconds is None else began + args.seconds
     rows: list[Row] = []
     batch: Batch | None = None
+    env = environment()
     for group in args.groups:
         print(f"{group} {case.title(group)} {args.dtype}", file=sys.stderr, flush=True)
         kind = "logits" if group in p.LOGITS else "linear"
@@ -296,8 +301,9 @@ def main(argv: list[str] | None = None) -> int:
         rows += run_case(
             group, case, dtype, device, args.repeats, not args.no_memory, args.providers,
             deadline=deadline, batch=batch,
+            keep=lambda found, before=tuple(rows): write_json(args.json, [*before, *found], env),
         )  # fmt: skip
-        write_json(args.json, rows, environment())
+        write_json(args.json, rows, env)
     print(json.dumps({"rows": len(rows)}))
     return 0
 

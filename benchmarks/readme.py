@@ -9,12 +9,13 @@ all results files of the folder together.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.render import ours_of, seconds
-from benchmarks.rows import RESULTS, ROOT, Row, ceiling_ratio, read_json, same_case
+from benchmarks.rows import RESULTS, ROOT, SCHEMA_VERSION, Row, ceiling_ratio, read_json, same_case
 
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 INTRODUCTION = """\
@@ -59,6 +60,8 @@ def machine_rows(folder: Path) -> tuple[list[Row], list[dict]]:
     whole = folder / "results.json"
     rows, envs = [], []
     for path in [whole] if whole.exists() else sorted(folder.glob("*.json")):
+        if "rows" not in (data := json.loads(path.read_text())) or data["schema"] != SCHEMA_VERSION:
+            continue  # another kind of file, such as a sweep
         found, env = read_json(path)
         rows, envs = rows + found, [*envs, env]
     return rows, envs

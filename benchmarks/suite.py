@@ -3,7 +3,7 @@
 Every case runs in a process of its own (what it times in turn shares that process), so that a crash
 or a spent budget costs one case. What did not fit is a row that says so. Writes results.json,
 table.md and plots to a folder, by default benchmarks/results/<machine>/ for the whole suite, and
-runs/bench/<machine>/ when an option picks a part of it.
+runs/bench/<machine>/ when an option picks a part of it. What the processes say goes to log.txt.
 """
 
 from __future__ import annotations
@@ -253,15 +253,11 @@ def main(argv: list[str] | None = None) -> int:
     part = bool(args.groups or args.case or args.dtypes or args.providers or args.no_memory)
     out = args.out or (ROOT / "runs" / "bench" if part else RESULTS) / machine_slug(env["machine"])
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
-        try:
-            rows = run(plan, args.budget, out, env, log)
-        finally:
-            log.seek(0)
-            text = log.read()
+    with (out / "log.txt").open("w", encoding="utf-8") as log:
+        rows = run(plan, args.budget, out, env, log)
     failed = [r for r in rows if "failed with status" in r.note]
     if failed:
-        print(text[-4000:], file=sys.stderr)
+        print((out / "log.txt").read_text(encoding="utf-8")[-4000:], file=sys.stderr)
     from benchmarks.render import print_table
 
     print_table(rows)
