@@ -49,13 +49,13 @@ def liger_reason(case: Case, dtype: torch.dtype, device: torch.device) -> str | 
     return needs("liger_kernel")(case, dtype, device)
 
 
-def liger_linear(inputs: Inputs) -> Tensor:
+def liger_linear(inputs: Inputs, compiled: bool = True) -> Tensor:
     """Liger's chunked sppo_hard: pairs of the batch's halves, hard labels, no reference."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     loss, _ = LigerFusedLinearDPOLoss(
         ignore_index=IGNORED, beta=1.0 / ETA, loss_type="sppo_hard", use_ref_model=False,
-        compiled=False,
+        compiled=compiled,
     )(inputs.weight, inputs.hidden, inputs.labels)  # fmt: skip
     return 0.5 * loss
 

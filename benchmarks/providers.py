@@ -162,7 +162,7 @@ def table() -> tuple[Provider, ...]:
         ),
         Provider(
             "Liger sppo_hard", peers.liger_linear, task="hard", why_not=peers.liger_reason,
-            includes="hard labels, no reference",
+            includes="hard labels, no reference; compiled, its default", compiles=True,
         ),
         Provider(
             "Apple CCE", peers.cce_linear, why_not=peers.needs("cut_cross_entropy"),

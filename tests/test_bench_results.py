@@ -1,6 +1,7 @@
 """Results files, comparisons, plots, tables, the planning within a budget, and the GPU run's."""
 
 import hashlib
+import importlib.util
 import io
 import json
 import sys
@@ -331,6 +332,28 @@ def test_plans_hold_the_shapes_that_count():
     cut = suite.select(suite.cpu_plan(), ["forward"], ["bfloat16"])
     assert [j.groups for j in cut] == [("forward",)]
     assert "trainable" not in cut[0].options
+
+
+def test_run_measures_and_writes_everything(tmp_path, capsys):
+    """The whole way on a tiny case: processes, gate, memory, file, table, plots."""
+    status = command.main(
+        ["run", "--case", "64", "16", "401", "--groups", "logits-forward", "--providers", "native",
+         "eager", "--prompt-share", "0", "--budget", "200", "--out", str(tmp_path)]
+    )  # fmt: skip
+    assert status == 0, (tmp_path / "log.txt").read_text()
+    data = json.loads((tmp_path / "results.json").read_text())
+    validate(data)
+    rows, _ = read_json(tmp_path / "results.json")
+    ours = next(r for r in rows if r.provider == "sppo-kernels native")
+    assert ours.times
+    assert ours.error < 1e-2
+    assert ours.inputs.startswith("zipf, all 64 rows count; mean log p of a label -")
+    assert sys.platform != "linux" or all(r.extra_peak is not None for r in rows if r.times)
+    assert "sppo-kernels native" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "ratios.svg").exists() == (
+        importlib.util.find_spec("matplotlib") is not None
+    )
+    assert "written:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("code, note", [
