@@ -20,7 +20,7 @@ from benchmarks import peers
 from benchmarks.inputs import Case, Inputs, clear, make_inputs, prepare
 from benchmarks.rows import OURS
 from benchmarks.truth import ETA
-from sppo_kernels._backend import unavailable
+from sppo_kernels._backend import triton_interpreted, unavailable
 
 __all__ = ["Case", "Inputs", "Provider", "clear", "fast_impl", "make_inputs", "prepare", "table"]
 
@@ -126,6 +126,8 @@ def compiled(function: Loss) -> Loss:
 
 def own(impl: str) -> Reason:
     def reason(case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
+        if impl == "triton" and device.type == "cpu" and triton_interpreted():
+            return "it is interpreted here, which says nothing about its time"
         return unavailable(impl, device.type, dtype)
 
     return reason
