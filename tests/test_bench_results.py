@@ -15,7 +15,8 @@ from benchmarks import __main__ as command
 from benchmarks import (
     compare,
     core,
-    games,
+    game_cases,
+    game_timing,
     gpu,
     providers,
     readme,
@@ -412,9 +413,9 @@ def test_the_gpu_run_refuses_a_machine_without_one(tmp_path, capsys):
 def test_game_rows(tmp_path):
     pytest.importorskip("evalica")
     rows = [
-        *games.measure_targets(60, 5, 2), *games.measure_nash(40, 5, 2),
-        *games.measure_bradley_terry(60, 5, 2), *games.measure_aggregate(60, 5, 20, 2),
-        *games.measure_tournament(60, 5, 2),
+        *game_cases.measure_targets(60, 5, 2), *game_cases.measure_nash(40, 5, 2),
+        *game_cases.measure_bradley_terry(60, 5, 2), *game_cases.measure_aggregate(60, 5, 20, 2),
+        *game_cases.measure_tournament(60, 5, 2),
     ]  # fmt: skip
     write_json(tmp_path / "games.json", rows, ENV)
     validate(json.loads((tmp_path / "games.json").read_text()))
@@ -427,7 +428,7 @@ def test_game_rows(tmp_path):
         "nashpy",
         "scipy linprog",
     } <= names
-    ours = [r for r in rows if r.provider == games.NATIVE]
+    ours = [r for r in rows if r.provider == game_timing.NATIVE]
     assert all(r.error is not None and r.error < 1e-5 for r in ours)
 
 
@@ -438,10 +439,10 @@ def test_a_wrong_game_is_refused(monkeypatch):
         strategy[7] = strategy[7].flip(0)  # of one game only
         return found._replace(strategy=strategy)
 
-    right = games.nash
-    monkeypatch.setattr(games, "nash", wrong)
-    with pytest.raises(games.Refused, match="sppo-kernels native: wrong by"):
-        games.measure_nash(40, 5, 1)
+    right = game_cases.nash
+    monkeypatch.setattr(game_cases, "nash", wrong)
+    with pytest.raises(game_timing.Refused, match="sppo-kernels native: wrong by"):
+        game_cases.measure_nash(40, 5, 1)
 
 
 def test_trainer_rows_are_refused_when_the_steps_were_others():

@@ -48,6 +48,24 @@ def test_the_table_names_every_peer():
         assert len(names) == len(set(names))
 
 
+def test_peers_that_are_not_installed_become_rows_that_say_so(monkeypatch):
+    """As on a machine with torch alone: no peer is imported, and ours and eager still run."""
+    find = importlib.util.find_spec
+    gone = ("trl", "liger_kernel", "cut_cross_entropy", "quack")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name in gone else find(name, *a)
+    )
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    found = [q for q in providers.of_group("trainable") if q.name != "torch.compile"]
+    rows = core.run_case("trainable", CASE, torch.float32, CPU, 1, memory_too=False, found=found)
+    notes = {r.provider: r.note for r in rows if not r.times}
+    for name, package in (("TRL chunked", "trl"), ("Liger sppo_hard", "liger_kernel"),
+                          ("Apple CCE", "cut_cross_entropy")):  # fmt: skip
+        assert notes[name] == f"cannot run: {package} is not installed"
+    assert notes["F.linear_cross_entropy"].endswith("does not have it")
+    assert {"sppo-kernels native", "eager"} <= {r.provider for r in rows if r.times}
+
+
 def test_softcap_reaches_the_providers_that_have_it():
     case = CASE._replace(softcap=5.0)
     for q in quick("trainable"):
