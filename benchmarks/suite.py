@@ -127,7 +127,8 @@ def select(plan: Sequence[Job], groups: Sequence[str], dtypes: Sequence[str]) ->
             at = options.index("--groups") + 1
             options[at : at + len(job.groups)] = kept
         out.append(replace(job, groups=kept, options=tuple(options)))
-    return out
+    total = sum(job.share for job in out)  # a part may take the time that the rest does not need
+    return [replace(job, share=job.share / min(1.0, total)) for job in out]
 
 
 Execute = Callable[[Job, float], list[Row]]

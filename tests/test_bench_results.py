@@ -333,6 +333,8 @@ def test_plans_hold_the_shapes_that_count():
     cut = suite.select(suite.cpu_plan(), ["forward"], ["bfloat16"])
     assert [j.groups for j in cut] == [("forward",)]
     assert "trainable" not in cut[0].options
+    assert cut[0].share == 1  # nothing else needs the time
+    assert suite.select(suite.cpu_plan(), [], []) == suite.cpu_plan()
 
 
 def test_run_measures_and_writes_everything(tmp_path, capsys):
