@@ -61,7 +61,11 @@ def compare(hidden, weight, bias, labels, g_logp, g_entropy, roundings=1.0, **op
             assert ours[name].dtype == torch.bool
             assert torch.equal(ours[name], eager[name]) or hidden.dtype != torch.float32
             continue
-        assert_within_budget(ours[name], eager[name], exact, what=name, roundings=roundings)
+        slack = roundings
+        if name == "mean_logits":  # near 0 it is a small difference of large sums
+            sums = (double[0] @ double[1].T).abs().mean(-1)
+            slack += (sums.norm() / exact.norm()).item()
+        assert_within_budget(ours[name], eager[name], exact, what=name, roundings=slack)
 
 
 # rows, hidden size, vocabulary, spread of the logits
