@@ -314,6 +314,18 @@ def test_against_trl(generator, which, dtype):
         assert relative_error(ours[name], leaf.grad) < allowed, name
 
 
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_what_has_a_gradient(generator, impl):
+    hidden, weight, _, labels = make(generator, 5, 8, 31, torch.float32)
+    out = sk.linear_token_stats(
+        hidden.requires_grad_(), weight, labels, outputs=TOKEN_STATS, impl=impl
+    )
+    assert [t.requires_grad for t in out] == [True, True, False, False, False]
+    with torch.no_grad():
+        out = sk.linear_token_stats(hidden, weight, labels, outputs=TOKEN_STATS, impl=impl)
+    assert not any(t.requires_grad for t in out)
+
+
 def test_shapes_and_autocast(generator):
     hidden, weight, _, labels = make(generator, 12, 8, 31, torch.float32)
     hidden, labels = hidden.view(3, 4, 8), labels.view(3, 4)
