@@ -105,8 +105,18 @@ def test_context_managers_nest_and_errors_restore():
         assert utils._ChunkedLogProbFunction.settings.memory_budget == 1 << 20
     assert all(a is b for a, b in zip(before, current(), strict=True))
     assert layout.versions[1] == "1.16.0"
-    with pytest.raises(ValueError, match="memory_budget"):
-        patch(memory_budget=-1)
+    for name, value in (("memory_budget", -1), ("impl", "fast")):
+        with pytest.raises(ValueError, match=name):
+            patch(**{name: value})
+
+
+def test_the_caller_s_defaults_do_not_reach_the_proof():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with patched(impl="triton"):  # a choice for tensors that are elsewhere
+            pass
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # --- unknown layouts ------------------------------------------------------------------------------
