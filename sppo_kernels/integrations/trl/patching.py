@@ -81,7 +81,7 @@ def patch(
     prove(found)
     new = _Patch(found, settings, [(found.function, function)])
     if found.layout.fused_head:
-        new.swaps.append((found.add_head, guarded(found.add_head, settings, is_patched)))
+        new.swaps.append((found.add_head, guarded(found.add_head, _settings)))
     if found.compact is not None:
         new.compact = _always
     try:
@@ -129,6 +129,10 @@ def patched(**options: Any) -> Iterator[Layout]:
             patch(**vars(before))
         else:
             _assign(_patch.settings, before)
+
+
+def _settings() -> Settings | None:
+    return None if _patch is None else _patch.settings
 
 
 def _always(device: object) -> bool:
