@@ -268,6 +268,24 @@ def test_a_guarded_model_after_unpatch_is_trl_again(generator):
     )
 
 
+def test_each_head_is_probed_once_by_the_patch_of_the_day(generator, monkeypatch):
+    model, inputs = build("llama-untied").eval(), batch(generator)
+    utils.add_fused_lm_head(model)
+    other, probed = copy.deepcopy(model), []
+    real = heads._probe
+    monkeypatch.setattr(heads, "_probe", lambda m, *rest: probed.append(m) or real(m, *rest))
+    unpatch()
+    patch(probe=False)
+    model(**inputs, fused_lm_head=True)
+    assert not probed
+    patch(probe=True)
+    for _ in range(2):  # policy and reference in turn, as DPO calls them
+        for m in (model, other):
+            model_logps = m(**inputs, fused_lm_head=True).log_probs
+    assert [m is model for m in probed] == [True, False]
+    assert model_logps.isfinite().all()
+
+
 def test_a_deep_copy_runs_itself(generator):
     """Trainers copy the policy to make the reference."""
     model, inputs = build("llama-untied").eval(), batch(generator)
@@ -279,11 +297,17 @@ def test_a_deep_copy_runs_itself(generator):
     torch.testing.assert_close(fused, own_logps(other, inputs), rtol=1e-4, atol=1e-4)
 
 
+def draw(*_) -> None:
+    """A model that takes random numbers in every mode, as some routers do."""
+    torch.rand(1)
+
+
 def test_the_probe_leaves_random_numbers_and_modes_alone(generator):
     model = small("LlamaConfig", attention_dropout=0.5, num_key_value_heads=4)
     utils.add_fused_lm_head(model)
     model.train()
     model.model.layers[0].eval()  # a frozen part keeps its mode
+    model.model.register_forward_pre_hook(draw)
     modes = [m.training for m in model.modules()]
     inputs, results = batch(generator), []
     for probe in (False, True):

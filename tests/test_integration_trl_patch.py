@@ -1,8 +1,11 @@
 """patch() and unpatch() on TRL itself, and real TRL trainers with and without."""
 
 import copy
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,8 +105,18 @@ def test_context_managers_nest_and_errors_restore():
         assert utils._ChunkedLogProbFunction.settings.memory_budget == 1 << 20
     assert all(a is b for a, b in zip(before, current(), strict=True))
     assert layout.versions[1] == "1.16.0"
-    with pytest.raises(ValueError, match="memory_budget"):
-        patch(memory_budget=-1)
+    for name, value in (("memory_budget", -1), ("impl", "fast")):
+        with pytest.raises(ValueError, match=name):
+            patch(**{name: value})
+
+
+def test_the_caller_s_defaults_do_not_reach_the_proof():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with patched(impl="triton"):  # a choice for tensors that are elsewhere
+            pass
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # --- unknown layouts ------------------------------------------------------------------------------
@@ -188,6 +201,49 @@ def test_calls_of_older_layouts(layout, generator):
     assert len(got) == 2
     for a, b in zip(got, expected[:2], strict=True):
         torch.testing.assert_close(a, b)
+
+
+OLDER = [
+    folder for folder in os.environ.get("SPPO_KERNELS_OLD_TRL", "").split(os.pathsep) if folder
+]
+
+
+@pytest.mark.skipif(not OLDER, reason="SPPO_KERNELS_OLD_TRL names no folders with other TRLs")
+@pytest.mark.parametrize("folder", OLDER)
+def test_other_releases(folder):
+    """Detected, proven against the release's own function by patch(), used, and restored.
+
+    A folder is made by `pip install --no-deps --target FOLDER trl==1.14.2`.
+    """
+    code = """
+import sys, trl
+from packaging.version import Version
+from trl.trainer import utils
+from sppo_kernels.integrations.trl import patch, unpatch
+original = utils._ChunkedLogProbFunction
+layout = patch()
+first, last = map(Version, layout.versions)
+assert first <= Version(trl.__version__) <= last, (trl.__version__, layout)
+import trl.trainer.dpo_trainer, trl.trainer.kto_trainer
+names = [
+    m for n, m in sys.modules.items() if n.startswith("trl.") and not n.startswith("trl.kernels")
+]
+assert not any(vars(m).get("_ChunkedLogProbFunction") is original for m in names)
+unpatch()
+assert utils._ChunkedLogProbFunction is original
+assert trl.__file__.startswith(sys.argv[1]), trl.__file__
+print(trl.__version__)
+"""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((folder, str(root)))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
 
 
 # --- trainers -------------------------------------------------------------------------------------
@@ -279,22 +335,27 @@ def run(kind: str, settings: dict, data: list[dict], seed: int, folder):
         gradient_checkpointing=False,
         optim="sgd",
         seed=seed,
-        **settings,
+        **{k: v for k, v in settings.items() if k != "lora"},
     )
-    policy = model(seed)
-    start = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    extra = {"ref_model": copy.deepcopy(policy)} if kind in ("dpo", "kto") else {}
+    lora = settings.get("lora", False)
+    policy, extra = model(seed), {}
     if kind == "grpo":
-        extra = {"reward_funcs": reward}
+        extra["reward_funcs"] = reward
+    elif lora:
+        peft = pytest.importorskip("peft")
+        extra["peft_config"] = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    elif kind != "sft":
+        extra["ref_model"] = copy.deepcopy(policy)
     dataset = Dataset.from_list(data)
     made = trainer(policy, args=args, train_dataset=dataset, processing_class=tokenizer(), **extra)
+    start = {name: p.detach().clone() for name, p in made.model.named_parameters()}
     made.train()
     logs = [
         {k: v for k, v in entry.items() if not k.startswith(("train_", "epoch", "step_time"))}
         for entry in made.state.log_history
         if "loss" in entry
     ]
-    return logs, start, dict(policy.named_parameters())
+    return logs, start, dict(made.model.named_parameters())
 
 
 TRAINERS = {
@@ -303,6 +364,8 @@ TRAINERS = {
     "dpo-ipo": ("dpo", {"loss_type": "ipo", "beta": 0.1, "learning_rate": 5e-3}),
     # Weighting asks for the last optional output, log_sum_sq_probs.
     "dpo-weighted": ("dpo", {"use_weighting": True, "beta": 0.1, "learning_rate": 5e-3}),
+    # The head is frozen, and the reference is the policy without its adapter.
+    "dpo-lora": ("dpo", {"lora": True, "beta": 0.1, "learning_rate": 0.1, "max_grad_norm": 0.0}),
     "sft": ("sft", {"learning_rate": 1e-2, "completion_only_loss": True}),
     "kto": ("kto", {"learning_rate": 1e-2, "beta": 0.1}),
     # It samples, so that one random number out of place would change everything.
@@ -319,13 +382,19 @@ TRAINERS = {
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_the_same_training_with_and_without(name, generator, tmp_path):
+def test_the_same_training_with_and_without(name, generator, tmp_path, monkeypatch):
     kind, settings = TRAINERS[name]
     seed = int(torch.randint(10_000, (), generator=generator))
     data = texts(generator, 24, kind)
     logs, start, weights = run(kind, settings, data, seed, tmp_path / "theirs")
+    calls = []
+    apply = FusedLogProbs.apply
+    monkeypatch.setattr(
+        FusedLogProbs, "apply", lambda self, *args: calls.append(0) or apply(self, *args)
+    )
     with patched():
         ours, _, ours_weights = run(kind, settings, data, seed, tmp_path / "ours")
+    assert len(calls) >= STEPS
     assert len(logs) == len(ours) == STEPS
     moved = max(abs(entry["loss"] - logs[0]["loss"]) for entry in logs)
     assert moved > 0.01 * abs(logs[0]["loss"])  # there is a curve to compare

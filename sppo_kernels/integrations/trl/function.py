@@ -131,7 +131,7 @@ class FusedLogProbs:
         return fused_logprobs(**given)
 
 
-def prove(found: Found, replacement: FusedLogProbs) -> None:
+def prove(found: Found) -> None:
     """Compare both functions, with gradients, on a tiny problem, before anything is replaced.
 
     TRL 1.15's runs on a GPU only; without one it cannot be compared.
@@ -146,7 +146,7 @@ def prove(found: Found, replacement: FusedLogProbs) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {"hidden": (3, 4), "weight": (7, 4), "bias": (7,)}
     values: dict[str, Any] = {
-        name: torch.randn(shape, generator=generator, device="cpu").to(device)
+        name: torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(device)
         for name, shape in shapes.items()
         if name in found.layout.parameters
     }
@@ -159,7 +159,7 @@ def prove(found: Found, replacement: FusedLogProbs) -> None:
         "outputs": ("log_probs", *OPTIONAL),
     }
     results = []
-    for function in (found.function, replacement):
+    for function in (found.function, FusedLogProbs(found, Settings())):
         leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
         call = {**leaves, **{n: v for n, v in rest.items() if n in found.layout.parameters}}
         with torch.enable_grad(), torch.autocast(device, enabled=False):

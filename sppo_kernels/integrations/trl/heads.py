@@ -26,18 +26,18 @@ UNREAD = ("logits_soft_cap",)
 PROBE_TOKENS = 16
 
 
-def guarded(add_head: Callable, settings: Settings, active: Callable[[], bool]) -> Callable:
+def guarded(add_head: Callable, settings: Callable[[], Settings | None]) -> Callable:
     """TRL's `add_fused_lm_head`, after which the model's fused calls are checked.
 
     Args:
-        active: whether the patch is in place; when it is not, the guard lets everything through.
+        settings: gives those of the patch now in place; None: the guard lets everything through.
     """
 
     @functools.wraps(add_head)
     def add_fused_lm_head(model: nn.Module, temperature: float = 1.0, *args: Any, **kwargs: Any):
         refuse_known(model)
         result = add_head(model, temperature, *args, **kwargs)
-        _install(model, temperature, settings, active)
+        _install(model, temperature, settings)
         return result
 
     return add_fused_lm_head
@@ -113,21 +113,20 @@ def effective_head(model: nn.Module) -> Iterator[nn.Module]:
         del model.get_output_embeddings
 
 
-def _install(
-    model: nn.Module, temperature: float, settings: Settings, active: Callable[[], bool]
-) -> None:
+def _install(model: nn.Module, temperature: float, settings: Callable[[], Settings | None]) -> None:
     # The function and not the bound method: a deep copy of the model must run itself.
     inner = model.forward.__func__
-    seen: list[weakref.ref] = []  # the layer that was probed last
+    seen = weakref.WeakSet()  # layers that were probed
 
     @functools.wraps(inner)
     def forward(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any):
-        if not fused_lm_head or not active():
+        now = settings()
+        if not fused_lm_head or now is None:
             return inner(self, *args, fused_lm_head=fused_lm_head, **kwargs)
         with effective_head(self) as layer:
-            if settings.probe and not (seen and seen[0]() is layer):
+            if now.probe and layer not in seen:
                 _probe(self, inner, temperature, kwargs)
-                seen[:] = [weakref.ref(layer)]
+                seen.add(layer)
             return inner(self, *args, fused_lm_head=True, **kwargs)
 
     model.forward = types.MethodType(forward, model)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sppo_kernels import _validate
 from sppo_kernels.integrations.trl.function import (
     DEFAULT_BUDGET,
     FusedLogProbs,
@@ -66,19 +67,21 @@ def patch(
 
     Raises:
         ImportError: TRL is not installed.
+        TypeError, ValueError: an option is not one of the above.
         UnsupportedTRLError: it is of no known layout; nothing is replaced.
     """
     global _patch
+    _validate.choice("impl", impl, ("auto", "native", "triton", "reference"))
     settings = Settings(check_budget(memory_budget), impl, probe)
     if _patch is not None:
         _assign(_patch.settings, settings)
         return _patch.found.layout
     found = detect()
     function = FusedLogProbs(found, settings)
-    prove(found, function)
+    prove(found)
     new = _Patch(found, settings, [(found.function, function)])
     if found.layout.fused_head:
-        new.swaps.append((found.add_head, guarded(found.add_head, settings, is_patched)))
+        new.swaps.append((found.add_head, guarded(found.add_head, _settings)))
     if found.compact is not None:
         new.compact = _always
     try:
@@ -126,6 +129,10 @@ def patched(**options: Any) -> Iterator[Layout]:
             patch(**vars(before))
         else:
             _assign(_patch.settings, before)
+
+
+def _settings() -> Settings | None:
+    return None if _patch is None else _patch.settings
 
 
 def _always(device: object) -> bool:

@@ -1,6 +1,6 @@
 """Which TRL this is: found by looking at what will be replaced, never by its version number alone.
 
-TRL has had five layouts of its chunked log-prob function. A layout is recognised by the parameters
+TRL has had four layouts of its chunked log-prob function. A layout is recognised by the parameters
 of the function, and by who reads the names that are replaced.
 """
 
@@ -53,12 +53,22 @@ _SCALED = tuple(name for name in _CAPPED if name != "final_logit_softcapping")
 
 LAYOUTS = (
     Layout(
-        ("1.15.0", "1.16.0"), _FUSED, 5, True,
-        "DPO, KTO, SFT, GRPO, RLOO, AsyncGRPO", "1.16.0: everything; 1.15.0: by hand",
+        ("1.15.0", "1.16.0"), _FUSED, 5, True, "DPO, KTO, SFT, GRPO, RLOO, AsyncGRPO",
+        "1.16.0: the whole test suite; 1.15.0: detection, and DPO and KTO runs",
     ),
-    Layout(("1.13.0", "1.14.2"), _BIASED, 2, False, "DPO, KTO, GRPO (1.14); AsyncGRPO", "by hand"),
-    Layout(("1.5.0", "1.12.0"), _CAPPED, 2, False, "AsyncGRPO", "by hand"),
-    Layout(("1.1.0", "1.4.0"), _SCALED, 2, False, "AsyncGRPO", "detection only"),
+    Layout(
+        ("1.13.0", "1.14.2"), _BIASED, 2, False,
+        "AsyncGRPO; in 1.14 also DPO, KTO and GRPO with use_liger_kernel",
+        "1.13.0, 1.14.2: detection, and equality with its own function; 1.14.2: DPO and KTO runs",
+    ),
+    Layout(
+        ("1.5.0", "1.12.0"), _CAPPED, 2, False, "AsyncGRPO",
+        "1.10.0: detection, and equality with its own function",
+    ),
+    Layout(
+        ("1.1.0", "1.4.0"), _SCALED, 2, False, "AsyncGRPO",
+        "1.1.0, 1.4.0: detection, and equality with its own function",
+    ),
 )  # fmt: skip
 
 
