@@ -13,7 +13,7 @@ from sppo_kernels.trainer.tokenize import prompt_token_ids, response_token_ids
 
 _mixins = require_module("axolotl.core.trainers.mixins", TESTED)
 _optimizer = require_module("axolotl.core.trainers.mixins.optimizer", TESTED)
-_arguments = require_module("axolotl.core.training_args", TESTED)
+_arguments = require_module("axolotl.core.training_args_base", TESTED)
 
 __all__ = ["AxolotlSPPOConfig", "AxolotlSPPOTrainer", "prepared_rows"]
 
