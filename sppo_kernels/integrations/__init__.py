@@ -1,4 +1,1 @@
-"""sppo-kernels inside the trainers people already have; docs/integrations.md has the table.
-
-Each module imports its framework only when it is used.
-"""
+"""Plugs into trainers that people already have; each subpackage imports its library when used."""
