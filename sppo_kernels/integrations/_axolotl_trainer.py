@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from transformers import TrainingArguments
+
 from sppo_kernels.data import canonical_row, load_rows
 from sppo_kernels.integrations._swap import IntegrationError, require_module
 from sppo_kernels.integrations.axolotl import TESTED, options_of
@@ -27,12 +29,23 @@ def converted(args: Any, cfg: Any) -> AxolotlSPPOConfig:
     """The builder's DPO arguments as ours; what both know by the same name is kept.
 
     η is `sppo_kernels: {eta: ...}`, else 1/beta, as in TRL's sppo_hard.
+
+    Raises:
+        IntegrationError: `dpo_loss_type` or `dpo_label_smoothing` was set.
     """
     if isinstance(args, SPPOConfig):
         return args
-    names = {f.name for f in dataclasses.fields(AxolotlSPPOConfig) if f.init}
+    for name, allowed in (("loss_type", (["sigmoid"], "sigmoid")), ("label_smoothing", (0, None))):
+        given = getattr(args, name, allowed[0])
+        if given not in allowed:
+            raise IntegrationError(
+                f"dpo_{name}: expected unset where SPPO takes the loss's place, got {given!r}"
+            )
+    names = {f.name for c in (TrainingArguments, _arguments.AxolotlTrainingMixins)
+             for f in dataclasses.fields(c) if f.init}  # fmt: skip
     known = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name in names}
-    known.pop("reference_batch_size", None)
+    if getattr(args, "max_length", None) is not None:
+        known["max_length"] = args.max_length
     known["eta"] = 1.0 / args.beta
     known |= {k: v for k, v in options_of(cfg) if k != "loss" and v is not None}
     return AxolotlSPPOConfig(**known)
