@@ -1,6 +1,11 @@
 """SoftSPPOTrainer's data: tokens and truncation as TRL's, and errors that name row and column."""
 
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,3 +257,19 @@ def test_release_gives_the_forward_back(generator, tmp_path):
     trainer.release()
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
+
+
+def test_example_trains_on_its_sample():
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "examples/trl_soft_sppo.py", "--epochs", "4"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    residuals = [float(x) for x in re.findall(r"residual ([0-9.]+)", done.stdout)]
+    ranks = [float(x) for x in re.findall(r"correlation ([+-][0-9.]+)", done.stdout)]
+    assert len(residuals) == 4 and residuals == sorted(residuals, reverse=True)
+    assert residuals[-1] < 0.9 * residuals[0] and ranks[-1] > 0.5

@@ -181,20 +181,30 @@ def test_the_cached_reference_is_read_again(generator, tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "checkpointing", "lora", "budget"])
-def test_first_loss_is_exact(precision, generator, tmp_path):
+@pytest.mark.parametrize(
+    "case", ["fp32", "bf16", "checkpointing", "budget", "lora", "lora-checkpointing", "adapter"]
+)
+def test_first_loss_is_exact(case, generator, tmp_path):
     """Policy and reference are equal, so the log-ratios are exactly 0."""
     data = tools.groups(generator, 4)
-    changes = {"bf16": precision == "bf16", "max_steps": 1}
-    changes["gradient_checkpointing"] = precision == "checkpointing"
-    if precision == "budget":
+    changes = {"bf16": case == "bf16", "max_steps": 1}
+    changes["gradient_checkpointing"] = case.endswith("checkpointing")
+    if case == "budget":
         changes["memory_budget"] = 4 * 211 * 20  # logits of 20 rows
     peft = None
-    if precision == "lora":
-        peft = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     model = build("llama-untied")
-    trainer = tools.trainer(model, data, tmp_path, ref=peft is None, peft=peft, **changes)
+    if case.startswith("lora") or case == "adapter":
+        library = pytest.importorskip("peft")
+        peft = library.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        if case == "adapter":  # trained before: TRL keeps a copy of it as the reference
+            peft.init_lora_weights = False
+            model, peft = library.get_peft_model(model, peft), None
+    full = peft is None and case != "adapter"
+    trainer = tools.trainer(model, data, tmp_path, ref=full, peft=peft, **changes)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and (full or all("lora_" in n and ".ref." not in n for n in moved))
     win = torch.tensor([w for row in data[:2] for w in row["win_rate"]])
     expected = sk.sppo_loss(torch.zeros_like(win), torch.zeros_like(win), win, eta=5.0)
     assert tools.losses(trainer)[0] == pytest.approx(float(expected), rel=1e-7)
@@ -323,3 +333,18 @@ def test_streams(generator, tmp_path):
     )
     streamed.train()
     assert torch.equal(tools.losses(streamed), tools.losses(mapped))
+
+
+@pytest.mark.parametrize("kind", ["sppo", "sigmoid"])
+def test_with_trl_patched(kind, generator, tmp_path):
+    """`patched()` replaces TRL's function, which a loss of TRL's calls and ours does not."""
+    from sppo_kernels.integrations import trl
+
+    data = tools.pairs(generator, 4)
+    model = build("llama-untied").eval()
+    plain = tools.trainer(copy.deepcopy(model), data, tmp_path, loss_type=kind, max_steps=2)
+    plain.train()
+    with trl.patched():
+        trainer = tools.trainer(copy.deepcopy(model), data, tmp_path, loss_type=kind, max_steps=2)
+        trainer.train()
+    torch.testing.assert_close(tools.losses(trainer), tools.losses(plain), rtol=1e-5, atol=1e-5)
