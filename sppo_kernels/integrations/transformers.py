@@ -89,10 +89,8 @@ def model_sequence_logps(
     Returns:
         [B] float32 (float64 for a float64 model), in nats.
     """
-    settings = {"memory_budget": memory_budget, "impl": impl}
-    return _call(
-        "sequence", model, input_ids, labels, attention_mask, settings, check, model_kwargs
-    )
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **model_kwargs}
+    return _call("sequence", model, inputs, labels, check, memory_budget=memory_budget, impl=impl)
 
 
 def model_sppo_loss(
