@@ -159,9 +159,11 @@ def test_sppo_loss_in_the_place_of_dpo(openrlhf, generator):
     win, lose = torch.rand(2, 5, generator=generator)
     soft, *_ = loss_fn(chosen, rejected, ref_c, ref_r, win, lose)
     parts = (c - ref_c - (win - 0.5) / 0.02) ** 2 + (r - ref_r - (lose - 0.5) / 0.02) ** 2
-    torch.testing.assert_close(soft.double(), parts.mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(soft.double(), parts.mean() / 2, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="ipo: expected False"):
         adapter.SPPOLoss(0.1, ipo=True)
+    with pytest.raises(ValueError, match="rejected_win"):
+        loss_fn(chosen, rejected, ref_c, ref_r, win)
 
 
 def test_log_probs_from_logits(openrlhf, generator):

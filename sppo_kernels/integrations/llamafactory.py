@@ -127,25 +127,22 @@ def trainer_class(
             reference_chosen_logps: Tensor | None,
             reference_rejected_logps: Tensor | None,
         ) -> tuple[Tensor, Tensor, Tensor]:
-            """SPPO's r_c² + r_r² of each pair [B] and the rewards; other losses are the base's."""
+            """SPPO's losses of the pairs [B] and the rewards; other losses are the base's."""
+            policy = (policy_chosen_logps, policy_rejected_logps)
+            ref = (reference_chosen_logps, reference_rejected_logps)
             if loss != "sppo":
-                return super().compute_preference_loss(
-                    policy_chosen_logps, policy_rejected_logps,
-                    reference_chosen_logps, reference_rejected_logps,
-                )  # fmt: skip
-            policy = torch.cat([policy_chosen_logps, policy_rejected_logps])
-            ref = torch.cat([reference_chosen_logps, reference_rejected_logps]).detach()
+                return super().compute_preference_loss(*policy, *ref)
+            step = {"beta": self.beta if eta is None else 1.0 / eta, "reduction": "none"}
             if win_rates == "hard":
-                one = torch.ones_like(policy_chosen_logps).detach()
-                rates = torch.cat([one, one - one])
+                losses = sk.pairwise_loss(*policy, *ref, kind="sppo_hard", **step)
             elif self._win_rates is None:
                 raise IntegrationError(_no_rates())
             else:
-                rates = self._win_rates.to(policy.device, policy.dtype)
-            step = 1.0 / self.beta if eta is None else eta
-            losses = sk.sppo_loss(policy, ref, rates, eta=step, reduction="none")
-            chosen, rejected = (self.beta * (policy - ref).detach()).chunk(2)
-            return losses.view(2, -1).sum(0), chosen, rejected
+                win, lose = self._win_rates.to(policy[0].device).chunk(2)
+                rates = {"chosen_win": win, "rejected_win": lose}
+                losses = sk.pairwise_loss(*policy, *ref, kind="sppo", **rates, **step)
+            rewards = (self.beta * (p - r).detach() for p, r in zip(policy, ref, strict=True))
+            return losses, *rewards
 
     SPPOCustomDPOTrainer.__name__ = SPPOCustomDPOTrainer.__qualname__ = base.__name__
     return SPPOCustomDPOTrainer
@@ -241,10 +238,10 @@ def patch(*, loss: str = "dpo", eta: float | None = None, win_rates: str = "hard
     """Make LLaMA-Factory's DPO stage (`stage: dpo`) compute log-probs from hidden states.
 
     Args:
-        loss: "dpo" keeps the loss that `pref_loss` names; "sppo" is r_c² + r_r² a pair,
-            r = log π/π_ref − η (w − ½) (arXiv 2405.00675, eq. (4.4)).
+        loss: "dpo" keeps the loss that `pref_loss` names; "sppo" takes its place.
         eta: η; None for 1/pref_beta.
-        win_rates: "hard" (1 and 0), or "columns": soft ones from the data set's columns
+        win_rates: "hard": `sk.pairwise_loss` of kind "sppo_hard" (as TRL); "columns": of kind
+            "sppo" (arXiv 2405.00675, eq. (4.4)) with the win rates of the data set's columns
             chosen_probs_win and chosen_probs_lose, the released SPPO layout.
 
     Raises:

@@ -69,24 +69,20 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
 class SPPOLoss(nn.Module):
     """SPPO in the place of OpenRLHF's `DPOLoss`: same constructor, same call, η = 1/beta.
 
-    Loss: the mean over pairs of r_c² + r_r², r = log π/π_ref − η (w − ½) (arXiv 2405.00675, eq.
-    (4.4); with w = 1 and 0 it is TRL's "sppo_hard").
+    `sk.pairwise_loss` of kind "sppo_hard" (arXiv 2405.00675, eq. (4.7) with P = 1 and 0; TRL's), or
+    of kind "sppo" (eq. (4.4)) when the call gives win rates.
 
     Args:
-        beta: 1/η, above 0. label_smoothing: win rates become 1 − label_smoothing and
-        label_smoothing, in [0, 0.5]. ipo: must be False.
+        beta: 1/η, above 0. label_smoothing: must be 0. ipo: must be False.
     """
 
     def __init__(self, beta: float, label_smoothing: float = 0.0, ipo: bool = False) -> None:
         super().__init__()
         if ipo:
             raise ValueError("ipo: expected False, got True; SPPO is another loss")
+        if label_smoothing:
+            raise ValueError(f"label_smoothing: expected 0, got {label_smoothing}; give win rates")
         self.beta = _validate.positive("beta", beta)
-        if not 0.0 <= label_smoothing <= 0.5:
-            raise ValueError(
-                f"label_smoothing: expected a number in [0, 0.5], got {label_smoothing}"
-            )
-        self.label_smoothing = label_smoothing
 
     def forward(
         self,
@@ -97,19 +93,18 @@ class SPPOLoss(nn.Module):
         chosen_win_rate: Tensor | None = None,
         rejected_win_rate: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss [] and the detached rewards [B] of chosen and rejected, from log-probs [B].
+        """Loss [], a mean over pairs, and the detached rewards [B], from log-probs [B].
 
-        `chosen_win_rate`, `rejected_win_rate`: [B] soft win rates, in the place of the hard ones.
+        `chosen_win_rate`, `rejected_win_rate`: [B] soft win rates, both or neither.
         """
-        like = torch.ones_like(policy_chosen_logps, dtype=torch.float32).detach()
-        smooth = self.label_smoothing
-        win = like * (1 - smooth) if chosen_win_rate is None else chosen_win_rate
-        lose = like * smooth if rejected_win_rate is None else rejected_win_rate
-        policy = torch.cat([policy_chosen_logps, policy_rejected_logps])
-        ref = torch.cat([reference_chosen_logps, reference_rejected_logps]).detach()
-        win = torch.cat([win, lose])
-        loss = 2.0 * sk.sppo_loss(policy, ref, win, eta=1.0 / self.beta)
-        chosen, rejected = (self.beta * (policy - ref).detach()).chunk(2)
+        policy = (policy_chosen_logps, policy_rejected_logps)
+        ref = (reference_chosen_logps.detach(), reference_rejected_logps.detach())
+        if chosen_win_rate is None and rejected_win_rate is None:
+            loss = sk.pairwise_loss(*policy, *ref, kind="sppo_hard", beta=self.beta)
+        else:
+            win = {"chosen_win": chosen_win_rate, "rejected_win": rejected_win_rate}
+            loss = sk.pairwise_loss(*policy, *ref, kind="sppo", beta=self.beta, **win)
+        chosen, rejected = (self.beta * (p - r).detach() for p, r in zip(policy, ref, strict=True))
         return loss, chosen, rejected
 
 
