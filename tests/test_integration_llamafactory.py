@@ -50,6 +50,7 @@ def trainer_of(factory, tmp_path, model, ref, data=None, **options):
         output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=3,
         per_device_train_batch_size=1, learning_rate=1e-2, remove_unused_columns=False,
         disable_tqdm=True, save_strategy="no", logging_steps=1,
+        optim="sgd",  # Adam would blow the rounding of vanishing gradients up to whole steps
     )  # fmt: skip
     return factory(TRAINER).CustomDPOTrainer(
         model=model, ref_model=ref, finetuning_args=arguments, processor=None, args=settings,
@@ -210,13 +211,9 @@ def test_real_training_steps(factory, generator, tmp_path):
     with adapter.patched():
         mine = trainer_of(factory, tmp_path, ours, copy.deepcopy(ref), data).train()
     assert mine.training_loss == pytest.approx(own.training_loss, rel=1e-4)
-    changed = 0.0
-    for (name, a), b, c in zip(
-        theirs.named_parameters(), ours.parameters(), model.parameters(), strict=True
-    ):
-        torch.testing.assert_close(b, a, rtol=1e-3, atol=2e-4, msg=name)
-        changed = max(changed, float((a - c).abs().max()))
-    assert changed > 1e-3
+    start = flat(dict(model.named_parameters()))
+    moved = [flat(dict(m.named_parameters())) - start for m in (ours, theirs)]
+    assert relative_error(*moved) < 1e-3 and float(moved[1].abs().max()) > 1e-3
 
 
 def test_unknown_layout_is_refused(factory, monkeypatch):
