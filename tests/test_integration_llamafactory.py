@@ -48,7 +48,7 @@ def trainer_of(factory, tmp_path, model, ref, data=None, **options):
     arguments = factory("llamafactory.hparams").FinetuningArguments(stage="dpo", **options)
     settings = TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=3,
-        per_device_train_batch_size=1, learning_rate=1e-2, remove_unused_columns=False,
+        per_device_train_batch_size=1, learning_rate=0.3, remove_unused_columns=False,
         disable_tqdm=True, save_strategy="no", logging_steps=1,
         optim="sgd",  # Adam would blow the rounding of vanishing gradients up to whole steps
     )  # fmt: skip
