@@ -150,6 +150,11 @@ def test_prompt_learning_is_refused():
         causal_lm(peft.get_peft_model(llama(), prompt))
 
 
+def test_data_parallel_is_refused():
+    with pytest.raises(HeadProbeError, match="DataParallel splits a batch"):
+        causal_lm(nn.DataParallel(llama()))
+
+
 class Packed(nn.Module):
     """As GPTQ and AWQ hold a layer: no weight, but packed integers and scales."""
 

@@ -253,6 +253,23 @@ def test_checked_once_and_again_when_the_head_changes(generator, monkeypatch):
     assert "forward" not in vars(model)  # errors leave the model as it was
 
 
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_the_check_looks_at_a_small_part_with_text_in_it(left, generator, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        functions, "probe_head", lambda lm, head, inputs, impl, **_: seen.append(inputs)
+    )
+    model, (ids, labels, _) = llama(), batch(generator, rows=5, length=90)
+    mask = torch.ones_like(ids)
+    mask[:, slice(0, 20) if left else slice(70, 90)] = 0
+    positions = torch.arange(90)[None]
+    model_token_logps(model, ids, labels, mask, position_ids=positions)
+    part = slice(26, 90) if left else slice(0, 64)
+    assert torch.equal(seen[0]["input_ids"], ids[:2, part])
+    assert torch.equal(seen[0]["attention_mask"], mask[:2, part])
+    assert torch.equal(seen[0]["position_ids"], positions[:, part])
+
+
 def test_the_cache_keeps_no_model_alive(generator):
     model = llama()
     model_token_logps(model, *batch(generator))
