@@ -15,7 +15,7 @@ from sppo_kernels.integrations.transformers import model_sppo_loss
 
 
 class SPPO(Trainer):
-    """Batches hold input_ids, labels, attention_mask, ref_logps and win_rate; rows are responses."""
+    """Batches: input_ids, labels, attention_mask, ref_logps, win_rate; a row is a response."""
 
     def __init__(self, *args, eta: float, **kwargs) -> None:
         super().__init__(*args, **kwargs)

@@ -150,6 +150,11 @@ def test_prompt_learning_is_refused():
         causal_lm(peft.get_peft_model(llama(), prompt))
 
 
+def test_data_parallel_is_refused():
+    with pytest.raises(HeadProbeError, match="DataParallel splits a batch"):
+        causal_lm(nn.DataParallel(llama()))
+
+
 class Packed(nn.Module):
     """As GPTQ and AWQ hold a layer: no weight, but packed integers and scales."""
 
@@ -245,7 +250,7 @@ def test_a_partitioned_weight_is_refused_until_gathered(generator):
     weight.ds_id = 7
     weight.data = torch.empty(0)
     ids, labels, mask = batch(generator)
-    with pytest.raises(HeadProbeError, match="ZeRO-3 and not gathered.*GatheredParameters"):
+    with pytest.raises(HeadProbeError, match=r"ZeRO-3 and not gathered.*GatheredParameters"):
         model_token_logps(model, ids, labels, mask, check=False)
     weight.data = whole
     got = model_token_logps(model, ids, labels, mask)
@@ -272,7 +277,7 @@ def test_a_tie_that_fsdp_broke_is_refused():
     weight, _ = find_head(model).parameters()
     assert weight.data_ptr() == flat.data_ptr()
     embedding.weight = flat.clone().view(V, 32)
-    with pytest.raises(HeadProbeError, match="tied to the input embedding.*different units"):
+    with pytest.raises(HeadProbeError, match=r"tied to the input embedding.*different units"):
         find_head(model).parameters()
 
 
@@ -281,7 +286,7 @@ def test_meta_and_offloaded_weights_are_refused(generator):
     ids, labels, mask = batch(generator)
     model = llama()
     model.lm_head = nn.Linear(32, V, bias=False, device="meta")
-    with pytest.raises(HeadProbeError, match="meta device .never loaded"):
+    with pytest.raises(HeadProbeError, match=r"meta device .never loaded"):
         model_token_logps(model, ids, labels, mask, check=False)
     model = llama()
     accelerate.cpu_offload(model.lm_head, execution_device=torch.device("cpu"))
