@@ -151,7 +151,7 @@ def _stats_cases(dtypes: dict) -> list[Case]:
     ):
         dtype = dtypes[name]
         tile = {"VEC": config.vector(dtype), "EDGES": vocab == N_COLS_ODD, **transform}
-        block = config.row_block(dtype, vocab)
+        block = config.stats_block(dtype, vocab)
         sizes = {"BLOCK": block.size, **tile, **wanted}
         found.append(
             Case(f"statistics, {label}", "stats_kernel", name, sizes, block.num_warps, 1, vocab)

@@ -216,7 +216,7 @@ def row_stats(
         return norm, *results, is_top1
     rows = rows_of(z.unsqueeze(0))
     vec = vector_of(z)
-    block = config.row_block(z.dtype, n_cols)
+    block = config.stats_block(z.dtype, n_cols)
     cap = 1.0 if softcap is None else float(softcap)
     with on_device(z):
         stats_kernel[(n_rows,)](
