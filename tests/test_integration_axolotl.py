@@ -158,6 +158,13 @@ def test_options_reach_the_schema(axolotl):
     assert schema().sppo_kernels is None
 
 
+@pytest.mark.parametrize("axolotl", ["real"], indirect=True)  # a stand-in has no schema
+def test_axolotl_merges_the_options_into_its_schema(axolotl):
+    loaded(axolotl, sppo_kernels={"eta": 1000})
+    merged = axolotl("axolotl.integrations.config").merge_input_args()
+    assert all("sppo_kernels" in schema.model_fields for schema in merged)
+
+
 def test_wrong_configurations_are_refused(axolotl, generator, tmp_path):
     with pytest.raises(ValueError, match=r"rl: expected dpo .*got 'grpo'"):
         loaded(axolotl, rl="grpo")

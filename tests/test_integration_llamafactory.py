@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +23,7 @@ from tests import standins
 from tests.standins import llamafactory as standin
 from tests.trainer_models import VOCAB, build
 
+ROOT = str(Path(__file__).resolve().parent.parent)
 TRAINER = "llamafactory.train.dpo.trainer"
 
 
@@ -249,3 +255,41 @@ def test_standin_has_the_shape_of_llamafactory():
         standin.PairwiseDatasetProcessor.preprocess_dataset,
         pairwise.PairwiseDatasetProcessor.preprocess_dataset,
     )
+
+
+@pytest.mark.parametrize("factory", ["real"], indirect=True)
+def test_the_command_trains_on_the_win_rates_of_the_columns(factory, tmp_path):
+    """Its own data loading, template, collator and trainer; the loss of an equal reference."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "Human:", "Assistant:", *"abcdefgh"]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=raw, **marks).save_pretrained(tmp_path / "model")
+    build("llama-untied").save_pretrained(tmp_path / "model")
+    row = {"instruction": "a b c", "chosen": "d e f", "rejected": "g h"}
+    rows = [row | {"chosen_probs_win": 0.8, "chosen_probs_lose": 0.3} for _ in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    entry = {"file_name": "rows.json", "ranking": True, "columns": columns}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"rows": entry}))
+    settings = {
+        "model_name_or_path": "model", "stage": "dpo", "do_train": True, "dataset": "rows",
+        "finetuning_type": "full", "dataset_dir": ".", "template": "default", "output_dir": "out",
+        "overwrite_cache": True, "per_device_train_batch_size": 2, "max_steps": 1,
+        "logging_steps": 1, "report_to": "none", "use_cpu": True,
+    }  # fmt: skip
+    (tmp_path / "train.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "sppo_kernels.integrations.llamafactory", "--sppo-eta", "10"]
+    done = subprocess.run(
+        [*command, "--sppo-win-rates", "columns", "train.json"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, *sys.path]), "HF_HOME": "hf",
+                          "DISABLE_VERSION_CHECK": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    # (0 - 10 (0.8 - 0.5))^2 and (0 - 10 (0.3 - 0.5))^2, averaged
+    assert state["log_history"][0]["loss"] == pytest.approx((9 + 4) / 2, rel=1e-4)

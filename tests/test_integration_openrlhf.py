@@ -205,3 +205,16 @@ def test_standin_has_the_shape_of_openrlhf(monkeypatch):
     standins.same_shape(standin.log_probs_from_logits, utils.log_probs_from_logits)
     for name in ("unpad_and_slice_tensor", "gather_and_pad_tensor"):
         standins.same_shape(getattr(standin, name), getattr(actor, name))
+
+
+def test_command_runs_a_module_patched(openrlhf, monkeypatch, tmp_path):
+    """`python -m sppo_kernels.integrations.openrlhf --sppo MODULE ...`, in this process."""
+    (tmp_path / "a_script.py").write_text(
+        "import sys, openrlhf.models.loss as m\n"
+        "assert __name__ == '__main__' and sys.argv[1:] == ['--flag', '3']\n"
+        "print('found', m.DPOLoss.__name__)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["adapter", "--sppo", "a_script", "--flag", "3"])
+    adapter.main()
+    assert openrlhf("openrlhf.models.loss").DPOLoss is adapter.SPPOLoss

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,6 +167,15 @@ def test_registered_loss_and_advantage(verl, generator):
             old_log_prob=old, log_prob=new, advantages=advantages, response_mask=mask,
             loss_agg_mode="token-mean", config=None, rollout_is_weights=None,
         )  # fmt: skip
+        parts = []
+        for rows in (slice(0, 2), slice(2, 6)):  # micro-batches of one global batch, on 4 ranks
+            config = SimpleNamespace(global_batch_info={"dp_size": 4, "global_batch_size": 6})
+            part, _ = algorithms.get_policy_loss_fn("sppo")(
+                old_log_prob=old[rows], log_prob=new[rows], advantages=advantages[rows],
+                response_mask=mask[rows], loss_agg_mode="token-mean", config=config,
+            )  # fmt: skip
+            parts.append(part)
+    torch.testing.assert_close(sum(parts), 4 * loss, rtol=1e-5, atol=1e-5)
     assert "sppo" not in algorithms.POLICY_LOSS_REGISTRY
     assert "sppo" not in algorithms.ADV_ESTIMATOR_REGISTRY
     score = rewards.double().sum(1)
@@ -224,3 +238,22 @@ def test_standin_has_the_shape_of_verl():
         (standin.compute_policy_loss_vanilla, core.compute_policy_loss_vanilla),
     ):
         standins.same_shape(ours, theirs)
+
+
+def test_external_modules_patch_verl_itself():
+    """The variable of the documentation, in a process of its own."""
+    pytest.importorskip("verl")
+    code = (
+        "import verl.utils.torch_functional as f, verl.trainer.ppo.core_algos as c;"
+        "print(f.logprobs_from_logits.__module__, c.get_policy_loss_fn('sppo').__module__)"
+    )
+    environment = os.environ | {
+        "VERL_USE_EXTERNAL_MODULES": "sppo_kernels.integrations.verl_auto",
+        "SPPO_KERNELS_ETA": "2.5",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True,
+        cwd=Path(__file__).resolve().parent.parent, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ["sppo_kernels.integrations.verl"] * 2

@@ -181,7 +181,9 @@ def sppo_policy_loss(eta: float) -> Any:
     Every token of a response carries the same advantage, win rate − ½ (as
     `algorithm.adv_estimator=sppo` gives it). The function returned takes what verl passes
     (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
-    rollout_is_weights) and returns the loss and its metrics.
+    rollout_is_weights) and returns the loss and its metrics. The loss is the mean over responses;
+    with `global_batch_size` in `config.global_batch_info` a micro-batch gives its share of the mean
+    over the global batch, times `dp_size`, as verl's own losses do.
     """
     eta = _validate.positive("eta", eta)
 
@@ -201,6 +203,7 @@ def sppo_policy_loss(eta: float) -> Any:
         loss, ratio, scaled = compute_sppo_loss(
             old_log_prob, log_prob, rewards, response_mask, eta, loss_agg_mode
         )
+        loss = loss * _share(config, int(response_mask.bool().any(1).sum()))
         metrics = {
             "actor/log_ratio_mean": float(ratio.detach().mean()),
             "actor/preference_mean": float(scaled.detach().mean()),
@@ -208,6 +211,17 @@ def sppo_policy_loss(eta: float) -> Any:
         return loss, metrics
 
     return loss
+
+
+def _share(config: Any, counted: int) -> float:
+    """What the mean over `counted` responses weighs in the mean over verl's global batch."""
+    info = getattr(config, "global_batch_info", None) or {}
+    ranks, total = info.get("dp_size") or 1, info.get("global_batch_size")
+    if total is None:
+        if ranks > 1:
+            raise ValueError(f"global_batch_size: needed with dp_size={ranks}, got none")
+        return 1.0
+    return counted / float(total) * ranks
 
 
 def compute_sppo_advantage(
