@@ -281,10 +281,10 @@ def test_the_command_trains_on_the_win_rates_of_the_columns(factory, tmp_path):
         "overwrite_cache": True, "per_device_train_batch_size": 2, "max_steps": 1,
         "logging_steps": 1, "report_to": "none", "use_cpu": True,
     }  # fmt: skip
-    (tmp_path / "train.json").write_text(json.dumps(settings))
+    (tmp_path / "train.yaml").write_text(json.dumps(settings))  # JSON is YAML
     command = [sys.executable, "-m", "sppo_kernels.integrations.llamafactory", "--sppo-eta", "10"]
     done = subprocess.run(
-        [*command, "--sppo-win-rates", "columns", "train.json"],
+        [*command, "--sppo-win-rates", "columns", "train.yaml"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, *sys.path]), "HF_HOME": "hf",
                           "DISABLE_VERSION_CHECK": "1"},
