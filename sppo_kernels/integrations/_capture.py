@@ -57,8 +57,8 @@ def checked_head(lm: nn.Module) -> Any:
             lm.train(training)
     except HeadProbeError as error:
         raise IntegrationError(
-            f"the head of {type(lm).__name__} cannot be fused: {error}; patch(head=False) keeps "
-            "the framework's own logits"
+            f"the head of {type(lm).__name__} cannot be fused: {error}; without the patch of the "
+            "head the framework's own logits remain"
         ) from error
     _heads[lm] = head
     return head
@@ -73,11 +73,13 @@ def fused_head(
     entropy: bool = False,
     mean_logits: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
-    """While it holds, a call of `model` computes log-probs of `labels`, and logits of zeros.
+    """While it holds, a call of `model` computes log-probs of `labels`, and no logits.
 
     Args:
         labels: [B, T], shifted already, −100 to ignore.
         temperature: divides the logits.
+
+    The `logits` of the model's output have one column then, and mean nothing.
 
     Yields:
         A dict that the forward fills: "logps" [B, T] float32; "entropy" [B, T] when asked for;
@@ -118,7 +120,8 @@ def fused_head(
         if mean_logits:
             with torch.no_grad():
                 got["mean_logits"] = _mean_logits(hidden, weight, **options)
-        return hidden.new_zeros((*hidden.shape[:-1], 1))
+        # not used, but in the graph: DDP looks from the outputs for the parameters that take part
+        return (got["logps"] * 1.0)[..., None].to(hidden.dtype)
 
     before = head.layer.__dict__.get("forward")
     head.layer.forward = forward
