@@ -6,7 +6,7 @@ import copy
 import importlib
 import inspect
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -188,8 +188,10 @@ def test_wrong_configurations_are_refused(axolotl, generator, tmp_path):
 def test_head_of_trl_only(axolotl, monkeypatch):
     """`loss: trl` leaves trainer_cls alone, patches before the model is loaded, unpatches after."""
     calls = []
+    layout = SimpleNamespace(trainers="DPO, KTO, GRPO (1.14); AsyncGRPO")
     fake = ModuleType("sppo_kernels.integrations.trl")
-    fake.patch, fake.unpatch = (lambda name=n: calls.append(name) for n in ("patch", "unpatch"))
+    fake.patch = lambda: calls.append("patch") or layout
+    fake.unpatch = lambda: calls.append("unpatch")
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     package = importlib.import_module("sppo_kernels.integrations")
     monkeypatch.setattr(package, "trl", fake, raising=False)
@@ -201,6 +203,28 @@ def test_head_of_trl_only(axolotl, monkeypatch):
     manager.post_train_unload(cfg)
     manager.post_train_unload(cfg)
     assert calls == ["patch", "unpatch"]
+    layout.trainers = "AsyncGRPO"
+    with pytest.raises(IntegrationError, match=r"in its DPO trainer .*found it in AsyncGRPO only"):
+        manager.pre_model_load(cfg)
+    assert calls == ["patch", "unpatch"] * 2
+
+
+@pytest.mark.parametrize("axolotl", ["standin"], indirect=True)
+def test_head_of_the_installed_trl(axolotl):
+    """The TRL of this environment is patched and restored; one whose DPO has no head is refused."""
+    pytest.importorskip("trl")
+    found = importlib.import_module("sppo_kernels.integrations.trl.versions").detect()
+    before = dict(vars(found.utils))
+    cfg, manager = loaded(axolotl, sppo_kernels={"loss": "trl"})
+    if "DPO" in found.layout.trainers:
+        manager.pre_model_load(cfg)
+        now = vars(found.utils)
+        assert any(now[name] is not value for name, value in before.items())
+        manager.post_train_unload(cfg)
+    else:
+        with pytest.raises(IntegrationError, match="expected a fused head in its DPO trainer"):
+            manager.pre_model_load(cfg)
+    assert all(vars(found.utils)[name] is value for name, value in before.items())
 
 
 @pytest.mark.parametrize("axolotl", ["standin"], indirect=True)

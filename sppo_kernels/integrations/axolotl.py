@@ -13,9 +13,15 @@ builder passes no model to a class from `get_trainer_cls`, so the plugin sets `t
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from sppo_kernels.integrations._swap import IntegrationError, check_parameters, require_module
+from sppo_kernels.integrations._swap import (
+    IntegrationError,
+    check_parameters,
+    require_module,
+    version_of,
+)
 
 TESTED = "axolotl 0.19.0"
 TRAINER = "sppo_kernels.integrations.axolotl.AxolotlSPPOTrainer"
@@ -106,12 +112,26 @@ class SPPOPlugin(_base.BasePlugin):
             self.set_trainer = False
 
     def pre_model_load(self, cfg: Any) -> None:
-        """With `loss: trl`, replace TRL's fused head."""
-        if options_of(cfg).loss == "trl" and not self.patched_trl:
-            from sppo_kernels.integrations import trl
+        """With `loss: trl`, replace TRL's fused head.
 
-            trl.patch()
-            self.patched_trl = True
+        Raises:
+            IntegrationError: the installed TRL has no fused head in the trainer of this `rl`
+                (before 1.13 only AsyncGRPO has one), so that nothing would be replaced.
+        """
+        if options_of(cfg).loss != "trl" or self.patched_trl:
+            return
+        from sppo_kernels.integrations import trl
+
+        rl = str(getattr(cfg.get("rl"), "value", cfg.get("rl")))
+        trainer = {"ipo": "DPO"}.get(rl, rl.upper())
+        layout = trl.patch()
+        if trainer not in re.findall(r"\w+", layout.trainers):
+            trl.unpatch()
+            raise IntegrationError(
+                f"trl {version_of('trl')}: expected a fused head in its {trainer} trainer (rl: "
+                f"{rl}), found it in {layout.trainers} only; use loss: sppo, or a later TRL"
+            )
+        self.patched_trl = True
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Make sure that axolotl built the trainer that was asked for.
