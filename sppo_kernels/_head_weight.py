@@ -36,10 +36,10 @@ def refuse_if_unsupported(layer: nn.Module, name: str) -> None:
             _refuse_adapter(layer, name)
         return refuse_if_unsupported(layer.base_layer, name)
     kind = type(layer)
-    if kind.__name__ == "FullyShardedDataParallel":
+    if kind.__name__ == "FullyShardedDataParallel" or _is_fsdp2(layer):
         raise HeadProbeError(
             f"{name} is an FSDP unit of its own, whose weight exists only inside its forward; "
-            "leave the head in the root unit (no auto-wrap policy for it)"
+            "leave the head in the root unit (no fully_shard or auto-wrap policy for it)"
         )
     origin = next((c for c in kind.__mro__ if c.__module__.startswith(QUANTISERS)), None)
     held = [a for a in PACKED if a in vars(layer) or a in layer._buffers or a in layer._parameters]
@@ -81,7 +81,8 @@ def effective(layer: nn.Module, name: str = "lm_head") -> tuple[Tensor, Tensor |
 
     LoRA gives W + s B A (rsLoRA by its s), DoRA m / ||W + s B A|| (W + s B A) with the norm held
     constant as in peft, trainable tokens and `modules_to_save` their own rows and weights. DTensor
-    weights are gathered; a head that is an FSDP2 unit of its own is unsharded.
+    weights are gathered, with a gradient that is taken to be the same on every rank of their mesh
+    (tensor parallelism; FSDP2's own are whole inside the model's forward).
 
     Raises:
         HeadProbeError: as `refuse_if_unsupported`, and for weights that are not here now.
@@ -97,8 +98,6 @@ def effective(layer: nn.Module, name: str = "lm_head") -> tuple[Tensor, Tensor |
         if not (layer.merged or layer.disable_adapters):
             weight, bias = _with_lora(layer, weight, bias)
         return weight, bias
-    if _is_fsdp2(layer):
-        layer.unshard()
     return _whole(layer.weight, name, layer), (
         None if layer.bias is None else _whole(layer.bias, f"{name}.bias", layer, 1)
     )

@@ -32,9 +32,12 @@ def causal_lm(model: nn.Module) -> nn.Module:
     """The transformers model inside PEFT, DDP, FSDP, DeepSpeed and torch.compile wrappers.
 
     Raises:
-        HeadProbeError: a wrapper changes the input (prompt learning) or mixes adapters by input.
+        HeadProbeError: a wrapper changes the input (prompt learning), mixes adapters by input, or
+            splits batches.
     """
     while True:
+        if isinstance(model, nn.DataParallel):
+            raise HeadProbeError("nn.DataParallel splits a batch in its forward; use DDP instead")
         # By type: DeepSpeed and FSDP pass unknown attributes on to what they wrap.
         if "_orig_mod" in model._modules:
             model = model._orig_mod

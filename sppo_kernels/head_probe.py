@@ -47,13 +47,14 @@ def probe_head(
     labels = inputs["input_ids"][:, 1:]
     if mask is not None and mask.shape == inputs["input_ids"].shape:
         labels = labels.masked_fill(mask[:, 1:] == 0, -100)
-    seen = _run(lm, head, inputs, model or lm, 1.0)
+    model = lm if model is None else model
+    seen = _run(lm, head, inputs, model, 1.0)
     worst = _compare(lm, head, seen, labels, impl)
     if through is not None:
         _agree(lm, head, through(labels), seen, labels, 4.0, "the model called for its hidden")
     loudest = float(seen.raw.abs().max())
     if 0 < loudest < LOUD:
-        loud = _run(lm, head, inputs, model or lm, min(LOUD / loudest, 1e4))
+        loud = _run(lm, head, inputs, model, min(LOUD / loudest, 1e4))
         _compare(lm, head, loud, labels, impl)
     return worst
 

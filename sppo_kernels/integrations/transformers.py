@@ -89,10 +89,8 @@ def model_sequence_logps(
     Returns:
         [B] float32 (float64 for a float64 model), in nats.
     """
-    settings = {"memory_budget": memory_budget, "impl": impl}
-    return _call(
-        "sequence", model, input_ids, labels, attention_mask, settings, check, model_kwargs
-    )
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **model_kwargs}
+    return _call("sequence", model, inputs, labels, check, memory_budget=memory_budget, impl=impl)
 
 
 def model_sppo_loss(
@@ -259,10 +257,10 @@ def _probe_once(model: nn.Module, lm: nn.Module, head: Head, inputs: dict, impl:
 
 
 def _slice(inputs: dict) -> dict:
-    """The first rows, at the end where the text is; whole when some input is not [B, T]."""
+    """The first rows, at the end where the text is; whole when some input has another layout."""
     shape = inputs["input_ids"].shape
     given = [v for v in inputs.values() if isinstance(v, Tensor)]
-    if any(v.shape != shape for v in given):
+    if any(v.shape not in (shape, (1, shape[1])) for v in given):
         return inputs
     rows, tokens = PROBED
     mask = inputs.get("attention_mask")
