@@ -78,6 +78,11 @@ def test_heads_within_budget(generator, head, dtype):
     compare(hidden, weight, bias if "bias" in head else None, labels, upstream, **options)
 
 
+def test_bias_gradient_over_many_rows(generator):
+    hidden, weight, bias, labels = make(generator, 1, 1000, 16, 1003, torch.float32)
+    compare(hidden, weight, bias, labels, torch.randn(1, 1000, generator=generator))
+
+
 def test_reference_gradcheck(generator):
     hidden, weight, bias, labels = make(generator, 2, 3, 4, 7, torch.float64)
     labels[1, 1] = -100

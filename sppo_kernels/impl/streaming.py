@@ -246,7 +246,13 @@ def _accumulate_bias(
 ) -> None:
     """total [V] (+)= unit * zᵀ coef in float32, a slice of the vocabulary at a time."""
     for v in range(0, z.shape[1], _BIAS_COLUMNS):
-        part = coef @ z[:, v : v + _BIAS_COLUMNS].float()
+        columns = z[:, v : v + _BIAS_COLUMNS].float()
+        if on_host(z):  # BLAS adds a column's terms one after another: keep those runs short
+            part = torch.stack(
+                [c @ rows for c, rows in zip(coef.split(128), columns.split(128), strict=True)]
+            ).sum(0)
+        else:
+            part = coef @ columns
         if unit is not None:
             part = part * unit
         slot = total[v : v + _BIAS_COLUMNS]
