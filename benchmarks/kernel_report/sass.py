@@ -67,10 +67,14 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9
 
 
 def sweep(code: Code) -> Counter[str]:
-    """Instructions of the loops that take exponentials; of everything when there is none."""
+    """Instructions of the loops that take exponentials; of everything when there is none.
+
+    What a forward branch skips counts only if it takes exponentials, or loads or stores: in these
+    kernels the rest is the label's element, which one tile of a row has to see to.
+    """
     opcodes: list[str] = []
     labels: dict[str, int] = {}
-    loops: Counter[str] = Counter()
+    jumps: list[tuple[int, str]] = []  # where, to which label
     for line in code.lines:
         label = re.match(r"^(\.L_x_\d+):", line)
         if label:
@@ -78,13 +82,23 @@ def sweep(code: Code) -> Counter[str]:
         found = _INSTRUCTION.match(line)
         if not found:
             continue
-        opcodes.append(found[1])
         jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        if jump and jump[1] in labels:
-            body = opcodes[labels[jump[1]] :]
-            if "MUFU.EX2" in body:
-                loops.update(body)
-    return loops or code.counts()
+        if jump:
+            jumps.append((len(opcodes), jump[1]))
+        opcodes.append(found[1])
+    skipped: set[int] = set()
+    for at, name in jumps:
+        region = opcodes[at + 1 : labels[name]]
+        if region and not any(re.match(r"MUFU|LD|ST|SHFL|BAR|EXIT|BRA", op) for op in region):
+            skipped.update(range(at + 1, labels[name]))
+    loops: Counter[str] = Counter()
+    for at, name in jumps:
+        body = range(labels[name], at + 1)
+        if any(opcodes[i] == "MUFU.EX2" for i in body):
+            loops.update(opcodes[i] for i in body if i not in skipped)
+    if not loops:
+        loops.update(op for i, op in enumerate(opcodes) if i not in skipped and op != "NOP")
+    return loops
 
 
 # Pipes that take fewer than 128 lanes an SM and cycle, by how an opcode begins (Hopper; lanes from
