@@ -157,7 +157,7 @@ def _kernel(name: str):
 
 
 def compile_case(case: Case, target: int) -> tuple[bytes, int]:
-    """Cubin and shared bytes of a case; pointers are known to be 16-byte aligned, integers are not special."""
+    """Cubin and shared bytes of a case; pointers are 16-byte aligned, integers not special."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -229,7 +229,9 @@ def inspect_cuda(processes: int = 2, targets: tuple[int, ...] = TARGETS) -> list
             raise ValueError(f"{kernel}: expected __launch_bounds__, which say the threads")
         told = describe(code, target, code.threads // 32, code.shared)
         sweep = dict(code.counts()) if kernel == "targets_thread_kernel" else {}
-        reports.append(Report(f"{kernel} ({words})", kernel, False, False, block=0, sweep=sweep, **told))
+        reports.append(
+            Report(f"{kernel} ({words})", kernel, False, False, block=0, sweep=sweep, **told)
+        )
     return reports
 
 

@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda, compiled by nvcc to cubins; no GPU is needed, and none is looked for."""
+"""The kernels of csrc/cuda, compiled by nvcc to cubins; no GPU is needed or looked for."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def nvcc() -> Path:
         NoCompiler: it is nowhere.
     """
     home = os.environ.get("CUDA_HOME")
-    for path in (home and Path(home) / "bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
+    found = [f"{home}/bin/nvcc"] if home else []
+    for path in (*found, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
         if path and Path(path).exists():
             return Path(path)
     raise NoCompiler("nvcc: not found in $CUDA_HOME, on the path or in /usr/local/cuda")

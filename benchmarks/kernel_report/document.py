@@ -256,18 +256,18 @@ alone allows.
 
 {_table(TIMES, _time_rows(found))}
 
-The whole operations: their matrix products at {H200.gemm / 1e12:.0f} TFLOP/s (bfloat16), and what is
-added to them: the row kernel above and the passes over [N, D]. Launches and the merging of chunks
-are not counted, and chunks do not overlap. The last column is to be compared with the targets: 95 %
-for D >= 2048, 85 % at D = 896.
+The whole operations: their matrix products at {H200.gemm / 1e12:.0f} TFLOP/s (bfloat16), and what
+is added to them: the row kernel above and the passes over [N, D]. Launches and the merging of
+chunks are not counted, and chunks do not overlap. The last column is to be compared with the
+targets: 95 % for D >= 2048, 85 % at D = 896.
 
 {_table(WHOLE, _whole_rows(wholes(found)))}
 
 The row kernel reads z twice. It counts one read because the second should come from L2: it keeps
 32 warps an SM, so one row of {row / 1e3:.0f} KB an SM, {row * H200.sms / 1e6:.0f} MB of the
 {H200.l2 / 1e6:.0f} MB of L2 at V = {SHAPES[0].vocab}, and
-{SHAPES[2].vocab * 2 * H200.sms / 1e6:.0f} MB at V = {SHAPES[2].vocab}, which does not fit. Whether L2
-keeps them has to be measured; where it does not, the gradient reads half as much again.
+{SHAPES[2].vocab * 2 * H200.sms / 1e6:.0f} MB at V = {SHAPES[2].vocab}, which does not fit.
+Whether L2 keeps them has to be measured; where it does not, the gradient reads half as much again.
 
 Preference games, float32, the common path, for a million games, in microseconds. Instructions are
 those of all four modes together, so the truth should be less.

@@ -115,9 +115,7 @@ class Whole:
         return self.gemm_ms / (self.gemm_ms + high), self.gemm_ms / (self.gemm_ms + low)
 
 
-def whole(
-    shape: Shape, name: str, products: int, row_kernel: Prediction, device: Device
-) -> Whole:
+def whole(shape: Shape, name: str, products: int, row_kernel: Prediction, device: Device) -> Whole:
     """Products at the device's rate, the row kernel, and the passes over [N, D] beside them."""
     flops = 2.0 * shape.rows * shape.dim * shape.vocab * products
     # dh = coef * dx reads and writes [N, D]; the dW product reads a scaled copy of the hidden rows.

@@ -189,7 +189,7 @@ def row_logps(
         return logp, lse
     rows = rows_of(z.unsqueeze(0))
     vec = vector_of(z)
-    block = config.row_block(z.dtype, n_cols)
+    block = config.row_block(z.dtype, n_cols, z.device)
     cap = 1.0 if softcap is None else float(softcap)
     with on_device(z):
         row_kernel[(n_rows,)](
