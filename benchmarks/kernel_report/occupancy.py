@@ -6,6 +6,7 @@ Limits are those of NVIDIA's CUDA C++ programming guide for compute capability 8
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from benchmarks.kernel_report.sass import RESERVED_SHARED
 
@@ -23,8 +24,7 @@ class SM:
 SMS = {80: SM(shared=164 << 10), 90: SM(), 100: SM()}
 
 
-@dataclass(frozen=True)
-class Occupancy:
+class Occupancy(NamedTuple):
     """Warps an SM, and the resource that runs out first."""
 
     warps: int
