@@ -19,6 +19,7 @@ OF_CUDA += ["LDG", "STG", "FFMA", "DFMA", "SHFL", "BAR", "instr"]
 TIMES = ["shape", "kernel", "GB", "Gflop", "memory ms", "issue", "FP32", "ALU", "MUFU"]
 TIMES += ["predicted ms", "bound by"]
 WHOLE = ["shape", "operation", "products ms", "added ms", "predicted share of the products' rate"]
+SMALL = ["kernel", "counted", "memory us", "bound by"]
 GAMES = ["kernel", "B a game", "memory", "issue", "ALU", "FP32", "MUFU", "bound by"]
 
 # What a program moves beside the rows, in bytes a row: labels, log-probs, norms, coefficients.
@@ -149,6 +150,44 @@ def games(reports: list[Report], number: int = 1_000_000) -> list[tuple[str, Pre
     return sorted(found)
 
 
+# Kernels whose time is not in their bytes: what is counted, bytes, and what bounds them instead.
+# N tokens with 16 slices of the vocabulary each; a million games of K responses in float32.
+_TOKENS, _MILLION = SHAPES[0].rows, 1_000_000
+_LESS_THAN_A_LAUNCH = {
+    "finalize_kernel": (_TOKENS * (16 * 8 + 8 + 4 + 8 + 32), "a launch"),
+    "segment_sum_kernel": (_TOKENS * 4, "a launch, and latency: a program a sequence"),
+    "segment_expand_kernel": (_TOKENS * 4, "a launch, and latency: a program a sequence"),
+    "sppo_kernel": (_TOKENS * (4 + 8 + 4), "a launch, and latency: a program a sequence"),
+}
+_GAMES = {
+    "symmetrize_kernel": (16, 8, "memory, if both orders of a pair come from L1"),
+    "targets_warp_kernel": (16, 4, "latency: a lane walks a row of K"),
+    "thread_kernel": (8, 4, "steps, which depend on the games; local memory"),
+    "shared_kernel": (32, 4, "steps, which depend on the games; FP64 and shared memory"),
+    "global_kernel": (64, 4, "steps, which depend on the games; L2"),
+    "aggregate_kernel": (16, 24, "the comparisons' order: 40 B each, read at random"),
+}
+
+
+def small_rows(kernels: Iterable[str]) -> list[list[str]]:
+    """Kernels that bytes and instructions say little about, with the memory time as a floor.
+
+    `kernels` are the Triton kernels that do not go over the vocabulary.
+    """
+    unknown = sorted(set(kernels) - set(_LESS_THAN_A_LAUNCH))
+    rows = [[name, "not counted", "-", "a launch"] for name in unknown]
+    for name, (moved, bound) in _LESS_THAN_A_LAUNCH.items():
+        time = moved / H200.bandwidth[0] * 1e6
+        rows.append([name, f"N = {_TOKENS}: {moved / 1e6:.2f} MB", f"{time:.2f}", bound])
+    for name, (k, each, bound) in _GAMES.items():
+        moved = _MILLION * k * k * each
+        time = moved / H200.bandwidth[0] * 1e6
+        rows.append(
+            [name, f"{_MILLION} games, K = {k}: {moved / 1e6:.0f} MB", f"{time:.0f}", bound]
+        )
+    return rows
+
+
 def _range(low: float, high: float) -> str:
     return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f}-{high:.2f}"
 
@@ -274,5 +313,7 @@ those of all four modes together, so the truth should be less.
 
 {_table(GAMES, _game_rows(games(of_cuda)))}
 
-The solvers' steps depend on the games, so no time is predicted for them.
+The others, for which the time of their bytes is a floor and not a prediction:
+
+{_table(SMALL, _small_rows())}
 """
