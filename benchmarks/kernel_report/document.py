@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from benchmarks.kernel_report import cuda, predict
@@ -315,5 +316,5 @@ those of all four modes together, so the truth should be less.
 
 The others, for which the time of their bytes is a floor and not a prediction:
 
-{_table(SMALL, _small_rows())}
+{_table(SMALL, small_rows(r.kernel for r in reports if not r.sweeps))}
 """
