@@ -305,13 +305,13 @@ def run(
             gc.collect()
 
 
-def write(path: Path, rows: list[Row], left_out: list[str], clock: str) -> None:
+def write(path: Path, rows: list[Row], left_out: list[str], clock: str, env: dict) -> None:
     """The whole run in one file, written whole or not at all."""
     content = {
         "schema": 1,
         "kind": "sweeps",
         "clock": clock,
-        **environment(),
+        **env,
         "rows": [asdict(r) for r in rows],
         "fits": [asdict(f) for f in fits(rows)],
         "left_out": left_out,
@@ -354,6 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
+    env = environment()  # of the code that runs, whatever changes meanwhile
     base = CPU_BASE if device.type == "cpu" else CUDA_BASE
     base = Point(*args.base) if args.base else base
     budget = 120.0 if args.budget is None and device.type == "cpu" else args.budget
@@ -368,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         rows += found
         print(f"{found[0].sweep} = {found[0].value:g}", file=sys.stderr, flush=True)
-    write(args.json, rows, left_out, clock_name(device))
+    write(args.json, rows, left_out, clock_name(device), env)
     print(text(fits(rows), left_out))
     from benchmarks.sweep_plot import plot
 

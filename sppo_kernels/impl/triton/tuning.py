@@ -81,13 +81,16 @@ class Problem(NamedTuple):
         return cls(logits, labels)
 
 
-def call(kernel: str, block: config.Block, problem: Problem) -> Callable[[], tuple[Tensor, ...]]:
-    """One launch of a kernel with a block; gives what it computes."""
+def call(
+    kernel: str, block: config.Block, problem: Problem, out: Tensor | None = None
+) -> Callable[[], tuple[Tensor, ...]]:
+    """One launch of a kernel with a block; gives what it computes. `out`: room for a gradient."""
     logits, labels = problem
     override = {"row" if kernel == "row" else "split": block}
     if kernel == "backward":
         logp, norm = token_logps(logits, labels, IGNORE)
-        one, out = torch.ones_like(logp), torch.empty_like(logits)
+        one = torch.ones_like(logp)
+        out = torch.empty_like(logits) if out is None else out
 
     def run() -> tuple[Tensor, ...]:
         with config.overridden(**override):
@@ -172,6 +175,7 @@ def search(
                     continue
                 if problem is None:
                     problem = Problem.random(rows, vocab, dtype, device)
+                out = torch.empty_like(problem.logits) if kernel == "backward" else None
                 allowed: dict[config.Block, Callable[[], object]] = {}
                 blocks = candidates(kernel, dtype, vocab)
                 for block in blocks:
@@ -185,10 +189,11 @@ def search(
                     except Exception as error:  # more registers or memory than the device has
                         refused.append(f"{title}, {tuple(block)}: {type(error).__name__}: {error}")
                     else:
-                        allowed[block] = call(kernel, block, problem)
+                        allowed[block] = call(kernel, block, problem, out)
                 if blocks[0] not in allowed:
                     continue  # the default itself is refused: nothing to compare with
                 seconds = clock(allowed)
+                allowed.clear()  # they hold the memory of this problem
                 best = min(seconds, key=seconds.get)
                 if seconds[best] > (1 - MARGIN) * seconds[blocks[0]]:
                     best = blocks[0]
