@@ -24,6 +24,7 @@ N_COLS, N_COLS_ODD = 128256, 128257
 MAX_SHARED = 99 * 1024  # what a program may use on every GPU from sm_80 on
 
 _MODULES = ("token_logps", "token_logps_backward", "segments", "sppo", "row_logps")
+_MODULES += ("row_stats", "row_stats_backward")
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def cases() -> list[Case]:
             found.append(
                 Case(label, "row_kernel", name, constexprs, block.num_warps, passes, vocab)
             )
+    found += _stats_cases(dtypes)
     split = config.split_block(torch.bfloat16, N_COLS).size
     slices = 1 << (-(-N_COLS // split) - 1).bit_length()
     final = config.finalize_block()
@@ -133,16 +135,50 @@ def cases() -> list[Case]:
     return found
 
 
+def _stats_cases(dtypes: dict) -> list[Case]:
+    """Entropy and its gradient, as impl/triton/row_stats*.py launch them."""
+    from sppo_kernels.impl.triton import config
+
+    head = dict.fromkeys(("BIAS", "SCALE", "CAP"), False)
+    every, entropy = dict.fromkeys(head, True), {"ENTROPY": True, "TOP1": True}
+    none = dict.fromkeys(("ENTROPY", "SQUARES", "MEAN", "TOP1"), False)
+    found = []
+    for label, name, vocab, transform, wanted in (
+        ("entropy, top-1 (bf16)", "bf16", N_COLS, head, {**none, **entropy}),
+        ("all (bf16)", "bf16", N_COLS, head, dict.fromkeys(none, True)),
+        ("all, bias, scale, cap (bf16, odd V)", "bf16", N_COLS_ODD, every, dict.fromkeys(none, 1)),
+        ("all, bias, scale, cap (fp32)", "fp32", N_COLS, every, dict.fromkeys(none, True)),
+    ):
+        dtype = dtypes[name]
+        tile = {"VEC": config.vector(dtype), "EDGES": vocab == N_COLS_ODD, **transform}
+        block = config.stats_block(dtype, vocab)
+        sizes = {"BLOCK": block.size, **tile, **wanted}
+        found.append(
+            Case(f"statistics, {label}", "stats_kernel", name, sizes, block.num_warps, 1, vocab)
+        )
+        if not label.startswith("entropy"):
+            block, label = config.backward_block(dtype, vocab), label.replace("all", "gradient")
+            sizes = {"BLOCK": block.size, **tile}
+            found.append(
+                Case(
+                    f"statistics, {label}", "stats_grad_kernel", name, sizes, block.num_warps, 2,
+                    vocab,
+                )
+            )  # fmt: skip
+    return found
+
+
 def _types(case: Case) -> dict[str, str]:
     """Types of the arguments, where not 32-bit integers."""
     rows = dict.fromkeys(("logits", "out", "z", "bias"), "*" + case.dtype)
     if case.kernel.startswith("segment"):
         rows["out"] = "*fp32"
-    small = "part_max part_sum logp lse norm grad values ref_logps win_rate loss logps coef"
+    small = "part_max part_sum logp lse norm grad values ref_logps win_rate loss logps coef "
+    small += "entropy squares mean grad_logp grad_entropy"
     rows.update(dict.fromkeys(small.split(), "*fp32"))
     rows.update(dict.fromkeys(("cap", "inv_cap", "eta"), "fp32"))
     rows["scale"] = "*fp32" if case.kernel == "sppo_kernel" else "fp32"
-    rows.update(labels="*i64", cu_seqlens="*i64")
+    rows.update(labels="*i64", cu_seqlens="*i64", top1="*i8")
     return rows
 
 
@@ -210,7 +246,7 @@ def inspect(case: Case, target: int) -> Report:
         case=case.label,
         kernel=case.kernel,
         sweeps=case.sweeps,
-        writes=case.kernel == "backward_kernel" or bool(case.constexprs.get("WRITE_GRAD")),
+        writes=case.passes == 2,
         block=case.constexprs.get("BLOCK", 0),
         sweep=dict(sass.sweep(code)) if case.sweeps else {},
         elements=case.elements_per_thread if case.sweeps else 0,

@@ -7,6 +7,7 @@ from sppo_kernels.logps import sequence_logps, token_logps
 from sppo_kernels.loss import fused_linear_sppo_loss, fused_sppo_loss, sppo_loss
 from sppo_kernels.nn import FusedLinearSPPOLoss, FusedSPPOLoss, SPPOLoss
 from sppo_kernels.preference import select_pairs, sppo_targets, symmetrize, win_rates
+from sppo_kernels.token_stats import linear_token_stats
 from sppo_kernels.types import (
     Aggregate,
     Comparisons,
@@ -15,6 +16,7 @@ from sppo_kernels.types import (
     SPPOOutput,
     SPPOTargets,
     Strengths,
+    TokenStats,
     Tournament,
 )
 
@@ -31,6 +33,7 @@ __all__ = [
     "SPPOOutput",
     "SPPOTargets",
     "Strengths",
+    "TokenStats",
     "Tournament",
     "aggregate",
     "bradley_terry",
@@ -38,6 +41,7 @@ __all__ = [
     "fused_sppo_loss",
     "linear_sequence_logps",
     "linear_token_logps",
+    "linear_token_stats",
     "load_comparisons",
     "nash",
     "regularized_nash",

@@ -20,6 +20,27 @@ class SPPOOutput(NamedTuple):
     logps: Tensor
 
 
+class TokenStats(NamedTuple):
+    """What `linear_token_stats` returns: tensors of the labels' shape, or None if not asked for.
+
+    With u the logits of a row and p = softmax(u); 0 (or False) for ignored labels; float32
+    (float64 for float64), in nats.
+
+    Attributes:
+        logps: log p of the label; differentiable.
+        entropy: -Σ p log p; differentiable.
+        log_sum_sq_probs: log Σ p², minus the Rényi entropy of order 2; no gradient.
+        mean_logits: the mean of u over the vocabulary; no gradient.
+        is_top1: bool, whether the label is the first maximum of u.
+    """
+
+    logps: Tensor
+    entropy: Tensor | None
+    log_sum_sq_probs: Tensor | None
+    mean_logits: Tensor | None
+    is_top1: Tensor | None
+
+
 class SPPOTargets(NamedTuple):
     """What SPPO trains on, for a batch of games of K responses.
 

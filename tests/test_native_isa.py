@@ -13,6 +13,7 @@ import json, torch
 import sppo_kernels as sk
 from sppo_kernels import _C
 from sppo_kernels.testing import relative_error
+from sppo_kernels.token_stats import TOKEN_STATS
 
 errors = {}
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -35,17 +36,18 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         heads = []
         for cast, impl in ((dtype, "native"), (torch.float64, "reference")):
             w = weight.detach().clone().to(cast).requires_grad_()
-            given = {**head, "bias": bias.to(cast)}
-            out = sk.linear_token_logps(
-                hidden.to(cast), w, labels.view(-1)[:6], impl=impl, **given
-            )
+            given = {**head, "bias": bias.to(cast), "impl": impl}
+            labelled = (hidden.to(cast), w, labels.view(-1)[:6])
+            out = sk.linear_token_logps(*labelled, **given)
             out.sum().backward()
-            heads.append((out, w.grad))
+            grad, w.grad = w.grad, None
+            stats = sk.linear_token_stats(*labelled, outputs=TOKEN_STATS, **given)
+            stats.entropy.sum().backward()
+            heads.append((out, grad, torch.stack(stats[1:4]), w.grad))
         errors[f"{dtype} {vocab}"] = [
             relative_error(a, b),
             relative_error(leaf.grad, double.grad),
-            relative_error(heads[0][0], heads[1][0]),
-            relative_error(heads[0][1], heads[1][1]),
+            *(relative_error(*pair) for pair in zip(*heads)),
         ]
 print(json.dumps({"capability": _C.build_info()["cpu_capability"], "errors": errors}))
 """
@@ -65,11 +67,12 @@ def test_each_instruction_set_is_within_rounding(capability):
     result = run(capability)
     if result["capability"] != capability:
         pytest.skip(f"this {platform.machine()} has no {capability}")
-    for case, (value, gradient, head_value, head_gradient) in result["errors"].items():
+    for case, (value, gradient, *of_head) in result["errors"].items():
         dtype = case.split()[0]
         # gradients are rounded to the dtype; the head's logits are, too, before the softmax
         eps = {"torch.float32": 2**-23, "torch.bfloat16": 2**-8, "torch.float16": 2**-11}[dtype]
         assert value < 4e-7, case
         assert gradient < 4 * eps, case
-        assert head_value < 8 * eps, case
-        assert head_gradient < 8 * eps, case
+        names = ("log p", "its gradient", "statistics", "the entropy's gradient")
+        for name, error in zip(names, of_head, strict=True):
+            assert error < 8 * eps, (case, name)

@@ -55,9 +55,13 @@ class Problem:
             return self.hidden[begin:end]
         return self.hidden.index_select(0, self.source[begin:end])
 
+    def product(self, begin: int, end: int, out: Tensor) -> None:
+        """Fill `out` [C, V] with the chunk's raw products z."""
+        torch.mm(self.gather(begin, end), self.weight.t(), out=out)
+
     def logits(self, begin: int, end: int, out: Tensor, write_grad: bool) -> Tensor:
         """Fill `out` [C, V] with the chunk's logits, or with dz, and return log p [C]."""
-        torch.mm(self.gather(begin, end), self.weight.t(), out=out)
+        self.product(begin, end, out)
         logp, _ = self.backend.row_logps(
             out,
             self.labels[begin:end],

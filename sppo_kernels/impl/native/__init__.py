@@ -5,10 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 import sppo_kernels._C  # noqa: F401  (registers the operators; fails where it is not built)
+from sppo_kernels import _stats_ops  # noqa: F401  (schemas of the statistics)
 from sppo_kernels._ops import op
 
 __all__ = [
     "row_logps",
+    "row_stats",
+    "row_stats_backward",
     "segment_expand",
     "segment_sum",
     "sppo_from_logits",
@@ -19,6 +22,8 @@ __all__ = [
 token_logps = op("native_token_logps")
 token_logps_backward = op("native_token_logps_backward")
 row_logps = op("native_row_logps")
+row_stats = op("native_row_stats")
+row_stats_backward = op("native_row_stats_backward")
 segment_sum = op("native_segment_sum")
 segment_expand = op("native_segment_expand")
 

@@ -26,6 +26,29 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return values.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, ids, values)
 
 
+def linear_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    rows: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> Tensor:
+    """softcap(logit_scale * (hidden[rows] weightᵀ + bias)): [L, V]; ignored labels have row 0."""
+    ignored = labels == ignore_index
+    x = hidden if rows is None else hidden.index_select(0, rows)
+    logits = F.linear(x.masked_fill(ignored[:, None], 0.0), weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits
+
+
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -36,14 +59,6 @@ def linear_token_logps(
     softcap: float | None,
     ignore_index: int,
 ) -> Tensor:
-    """token_logps of softcap(logit_scale * (hidden[rows] weightᵀ + bias)): [L]."""
-    ignored = labels == ignore_index
-    x = hidden if rows is None else hidden.index_select(0, rows)
-    logits = F.linear(x.masked_fill(ignored[:, None], 0.0), weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if bias is not None:
-        logits = logits + bias
-    logits = logits * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    """token_logps of linear_logits: [L]."""
+    logits = linear_logits(hidden, weight, bias, labels, rows, logit_scale, softcap, ignore_index)
     return token_logps(logits, labels, ignore_index)

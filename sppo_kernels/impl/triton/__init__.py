@@ -5,6 +5,8 @@ top of them check their arguments and give them gradients.
 """
 
 from sppo_kernels.impl.triton.row_logps import row_logps
+from sppo_kernels.impl.triton.row_stats import row_stats
+from sppo_kernels.impl.triton.row_stats_backward import row_stats_backward
 from sppo_kernels.impl.triton.segments import segment_expand, segment_sum
 from sppo_kernels.impl.triton.sppo import sppo_from_logits
 from sppo_kernels.impl.triton.token_logps import token_logps
@@ -12,6 +14,8 @@ from sppo_kernels.impl.triton.token_logps_backward import token_logps_backward
 
 __all__ = [
     "row_logps",
+    "row_stats",
+    "row_stats_backward",
     "segment_expand",
     "segment_sum",
     "sppo_from_logits",

@@ -37,6 +37,10 @@ _ROW_WARPS = ((32 << 10, 4), (64 << 10, 8), (128 << 10, 16))
 _ROW_WARPS_MAX = 32
 _ROW_LOADS = 2  # 16-byte loads a thread in a tile, besides as many prefetched
 
+# Statistics are read in one sweep, so nothing speaks for few rows in flight; with all accumulators,
+# edges and the whole head 32 warps would leave a thread too few registers.
+_STATS_WARPS = 8
+
 _SEGMENT = Block(1024, 4)
 _FINALIZE = Block(1024, 4)
 
@@ -93,6 +97,14 @@ def row_block(dtype: torch.dtype, n_cols: int, device: torch.device | None = Non
     warps = next((w for limit, w in _ROW_WARPS if row_bytes <= limit), _ROW_WARPS_MAX)
     vec = vector(dtype)
     return _fit(Block(warps * 32 * vec * _ROW_LOADS, warps), n_cols, vec)
+
+
+def stats_block(dtype: torch.dtype, n_cols: int) -> Block:
+    """The tile with which a program sweeps one row for its statistics."""
+    if "row" in _overrides:
+        return _overrides["row"]
+    vec = vector(dtype)
+    return _fit(Block(_STATS_WARPS * 32 * vec * _ROW_LOADS, _STATS_WARPS), n_cols, vec)
 
 
 def segment_block() -> Block:
