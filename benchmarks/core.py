@@ -1,261 +1,325 @@
-"""The loss path against its ceilings and peers: hidden-in, frozen head, forward only, logits-in.
+"""Measures the loss path: gate every provider, time all of them in turn, then their memory.
 
-python -m benchmarks.core --groups trainable logits --dtypes bfloat16 --json FILE
+Used by `python -m benchmarks run` (benchmarks/suite.py), which calls it in a process of its own for
+each case: python -m benchmarks.core --case N D V --groups trainable --json FILE.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from benchmarks import memory
 from benchmarks import providers as p
-from benchmarks.harness import (
-    Refused,
-    Result,
-    cuda_extra_peak,
-    environment,
-    in_fresh_process,
-    interleaved,
-    resident_extra_peak,
-    write_json,
-)
-from sppo_kernels.testing import relative_error
+from benchmarks.harness import cuda_extra_peak, interleaved
+from benchmarks.inputs import KINDS, PROMPT_SHARE, SEQUENCES, Case, Inputs, make_inputs, prepare
+from benchmarks.providers import GROUPS, Loss, Provider
+from benchmarks.rows import OURS, Refused, Row, environment, write_json
+from benchmarks.truth import Truth, check
 
-CPU_CASE = (2048, 1024, 50304)  # rows, hidden size, vocabulary
-CUDA_CASES = [
-    (8192, 4096, 128256),
-    (8192, 896, 151936),
-    (4096, 3584, 256000),
-    (16384, 2048, 128256),
-]
-GROUPS = ("trainable", "frozen", "forward", "logits", "logits-forward")
-GATE_ROWS = 64
-# Largest relative error of a gradient against float64: a few roundings of the dtype.
-GATE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-
-Loss = Callable[[p.Inputs], Tensor]
+CPU_CASE = Case(2048, 1024, 50304)
+GATE_ROWS = 64  # of the gate outside a run, for tests and other tools
+SLOW = 3.0  # seconds; a call that takes longer is repeated only SLOW_REPEATS times
+SLOW_REPEATS = 2
+SPENT = "not measured: the time budget was spent"
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def losses(group: str, device: torch.device) -> dict[str, Loss]:
-    """The providers of a group by name, ours first."""
-    impl = p.fast_impl(device)
-    if group.startswith("logits"):
-        found: dict[str, Loss] = {
-            f"sppo-kernels {impl}": lambda i: p.ours_logits(i, impl),
-            "eager": p.eager_logits,
-            "eager, float32 log-probs": p.eager_float_logits,
-            "torch.compile": lambda i: p.compiled(p.eager_logits)(i),
-        }
-        if group == "logits":
-            found[f"sppo-kernels {impl}, in place"] = lambda i: p.ours_logits(i, impl, True)
-        return found
-    found = {
-        f"sppo-kernels {impl}": lambda i: p.ours_linear(i, impl),
-        "eager": p.eager_linear,
-        "eager, float32 log-probs": p.eager_float_linear,
-        "torch.compile": lambda i: p.compiled(p.eager_linear)(i),
-        "TRL chunked": p.trl_linear,
+    """The losses of a group's providers by name, of our implementations that of the device only."""
+    found = p.of_group(group)
+    drop = {f"{OURS} {i}" for i in ("native", "triton", "reference")} - {
+        f"{OURS} {p.fast_impl(device)}"
     }
-    if group == "trainable":
-        found["Liger sppo_hard"] = p.liger_linear
-    return found
+    return {q.name: q.loss for q in found if q.name.removesuffix(", in place") not in drop}
 
 
-def prepare(group: str, inputs: p.Inputs) -> p.Inputs:
-    """Freeze what the group freezes."""
-    if group == "frozen":
-        inputs.weight.requires_grad_(False)
-    if group.endswith("forward"):
-        for leaf in inputs.leaves():
-            leaf.requires_grad_(False)
-    return inputs
+def provider(name: str, group: str) -> Provider:
+    return next(q for q in p.of_group(group) if q.name == name)
 
 
-def step(name: str, loss: Loss, inputs: p.Inputs, group: str) -> Callable[[], object]:
+def step(name: str, loss: Loss, inputs: Inputs, group: str) -> Callable[[], object]:
     """One call to time: the loss, and its backward where the group has one."""
     given = inputs.logits
     if name.endswith("in place"):  # its gradient replaces the logits: it works on a copy of its own
         inputs = replace(inputs, logits=given.detach().clone().requires_grad_())
 
-    def run() -> None:
+    def run() -> torch.Tensor:
         if group.endswith("forward"):
             with torch.no_grad():
-                loss(inputs)
-            return
+                return loss(inputs)
         p.clear(inputs)
-        loss(inputs).backward()
+        value = loss(inputs)
+        value.backward()
+        return value
 
     def setup() -> None:  # unclocked
         inputs.logits.grad = None
         inputs.logits.detach().copy_(given.detach())
 
     if inputs.logits is not given:
-        run.setup = setup
+        run.setup, run.inputs = setup, inputs
     return run
 
 
-def gate(name: str, loss: Loss, group: str, case: tuple[int, int, int], dtype, device) -> float:
-    """Relative error of the gradients (or of the loss) against float64 on fewer rows."""
-    rows, dim, vocab = min(GATE_ROWS, case[0]), case[1], case[2]
-    kind = "logits" if group.startswith("logits") else "linear"
-    inputs = prepare(group, p.make_inputs(kind, rows, dim, vocab, dtype, device))
-    if name.startswith("Liger"):  # hard labels, no reference
-        inputs.ref = torch.zeros_like(inputs.ref)
-        inputs.win = (torch.arange(len(inputs.win), device=device) < len(inputs.win) // 2).float()
-    exact = p.Inputs(
-        inputs.labels, inputs.ref.double(), inputs.win.double(),
-        *(
-            None if t is None else t.detach().double().requires_grad_(t.requires_grad)
-            for t in (inputs.hidden, inputs.weight, inputs.logits)
-        ),
-    )  # fmt: skip
-    truth = p.eager_logits_exact(exact) if kind == "logits" else p.eager_linear_exact(exact)
-    value = loss(inputs)
-    error = relative_error(value, truth)
-    if not group.endswith("forward"):
-        truth.backward()
-        value.backward()
-        for got, want in zip(inputs.leaves(), exact.leaves(), strict=True):
-            error = max(error, relative_error(got.grad, want.grad))
-    if not error <= GATE[dtype]:
-        raise Refused(f"wrong by {error:.1e}, more than {GATE[dtype]:.0e}")
-    return error
+def passes(run: Callable[[], object], inputs: Inputs, truth: Truth, task: str) -> float:
+    """Call `run`, and the error of its loss and gradients, if they pass the gate.
+
+    Raises:
+        Refused: they do not.
+    """
+    getattr(run, "setup", int)()
+    value = run()
+    own = getattr(run, "inputs", inputs)
+    dtype = (own.logits if own.hidden is None else own.hidden).dtype
+    before, truth.inputs = truth.inputs, own
+    try:
+        return check(truth.error(value, task), dtype)
+    finally:
+        truth.inputs = before
 
 
-def counted(group: str, case: tuple[int, int, int], dtype) -> tuple[float | None, float | None]:
-    """Flops of the products, or bytes of the logits that must move, of one step."""
-    rows, dim, vocab = case
-    if group.startswith("logits"):
-        passes = 1 if group.endswith("forward") else 3
-        return None, float(rows * vocab * dtype.itemsize * passes)
-    parts = {"trainable": 3, "frozen": 2, "forward": 1}[group]
-    return 2.0 * rows * dim * vocab * parts, None
+def gate(name: str, loss: Loss, group: str, case: Sequence, dtype, device) -> float:
+    """The gate on a batch of its own of at most GATE_ROWS rows; Refused, or the error."""
+    case = Case(*case)
+    case = case._replace(rows=min(GATE_ROWS, case.rows))
+    kind = "logits" if group in p.LOGITS else "linear"
+    inputs = prepare(group, make_inputs(kind, case, dtype, device))
+    tasks = {q.name: q.task for q in p.of_group(group)}
+    run = step(name, loss, inputs, group)
+    return passes(run, inputs, Truth(inputs), tasks.get(name, "sppo"))
+
+
+class Batch:
+    """Inputs of a case and their float64 truth, made once for all groups that share them."""
+
+    def __init__(self, kind: str, case: Case, dtype: torch.dtype, device: torch.device) -> None:
+        self.kind = kind
+        self.inputs = make_inputs(kind, case, dtype, device)
+        self.truth = Truth(prepare("trainable", self.inputs))
+        self.what = f"{self.inputs.what}; mean log p of a label {self.truth.mean_logp:.1f}"
 
 
 def run_case(
     group: str,
-    case: tuple[int, int, int],
+    case: Sequence,
     dtype: torch.dtype,
     device: torch.device,
     repeats: int,
-    memory: bool,
-    only: list[str] | None = None,
-) -> list[Result]:
-    """Gate, then time every provider of a group in turn, then measure memory."""
+    memory_too: bool = True,
+    only: Sequence[str] | None = None,
+    *,
+    without: Sequence[str] = (),
+    deadline: float | None = None,
+    batch: Batch | None = None,
+    found: list[Provider] | None = None,
+    keep: Callable[[list[Row]], None] | None = None,
+) -> list[Row]:
+    """Gate, then time every provider of a group in turn, then measure memory.
+
+    Args:
+        repeats: timed calls of each provider; SLOW_REPEATS for those whose call takes over SLOW.
+        only: providers whose name contains one of these words; the ceiling always runs.
+        without: leave out those whose name contains one of these.
+        deadline: of time.monotonic(); providers not gated by then become rows that say so.
+        batch: the inputs, when several groups share them.
+        found: the providers, instead of those of the table.
+        keep: called with the rows when their times are known and memory is not.
+    """
+    case = Case(*case)
     torch._dynamo.reset()
     p.compiled.cache_clear()
-    title = f"N={case[0]} V={case[2]}" + ("" if group.startswith("logits") else f" D={case[1]}")
-    kind = "logits" if group.startswith("logits") else "linear"
-    flops, moved = counted(group, case, dtype)
-    results: dict[str, Result] = {}
-    runs: dict[str, Callable[[], object]] = {}
-    inputs = prepare(group, p.make_inputs(kind, *case, dtype, device))
-    for name, loss in losses(group, device).items():
-        if only and not any(word in name for word in only):
+    kind = "logits" if group in p.LOGITS else "linear"
+    batch = batch or Batch(kind, case, dtype, device)
+    inputs = prepare(group, batch.inputs)
+    flops, moved = p.counted(group, inputs)
+    name_of_dtype = str(dtype).removeprefix("torch.")
+
+    def row(name: str, flops: float | None = flops, moved: float | None = moved) -> Row:
+        return Row(
+            group, case.title(group), name_of_dtype, name, flops=flops, bytes=moved,
+            inputs=batch.what,
+        )  # fmt: skip
+
+    rows: dict[str, Row] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    wanted: dict[str, int] = {}
+    for q in p.of_group(group) if found is None else found:
+        if only and not any(word in q.name for word in only):
             continue
-        result = Result(group, title, str(dtype)[6:], name, flops=flops, bytes=moved)
-        results[name] = result
+        if any(word in q.name for word in without):
+            continue
+        rows[q.name] = this = row(q.name)
+        this.note = q.includes
+        reason = q.why_not(case, dtype, device)
+        if reason is None and deadline is not None and time.monotonic() > deadline:
+            reason = SPENT
+        if reason is not None:
+            this.note = reason if reason == SPENT else f"cannot run: {reason}"
+            continue
+        print(f"  {q.name}", file=sys.stderr, flush=True)
+        run, began = step(q.name, q.loss, inputs, group), time.perf_counter()
         try:
-            result.error = gate(name, loss, group, case, dtype, device)
+            with time_limit(first_call_until(deadline)):
+                this.error = passes(run, inputs, batch.truth, q.task)
         except Refused as refusal:
-            result.note = f"refused: {refusal}"
-        except Exception as error:
-            result.note = f"cannot run: {type(error).__name__}: {str(error).splitlines()[0][:90]}"
+            this.note = f"refused: {refusal}"
+        except Exception as error:  # a peer may fail in any way; the row says how
+            this.note = f"cannot run: {type(error).__name__}: {_first_line(error)}"
         else:
-            runs[name] = step(name, loss, inputs, group)
-    if kind == "linear":
-        parts = {"trainable": 3, "frozen": 2, "forward": 1}[group]
-        name = f"bare GEMMs ({parts})"
-        runs[name] = p.gemms(inputs, parts)
-    else:
-        name = "copy of the logits"
-        runs[name] = lambda: inputs.logits.detach().clone()
-    results[name] = Result(group, title, str(dtype)[6:], name, flops=flops, bytes=moved)
-    for name, times in interleaved(runs, repeats, device).items():
-        results[name].times = times
-    if memory:
+            calls[q.name] = run
+            took = time.perf_counter() - began
+            if device.type == "cuda" or took > SLOW:  # what it took had its first call in it
+                took = _once(run, device)
+            wanted[q.name] = repeats if took <= SLOW else min(repeats, SLOW_REPEATS)
+            if wanted[q.name] < repeats:
+                this.note = _join(this.note, f"{wanted[q.name]} calls of {took:.0f} s")
         p.clear(inputs)
-        for name in runs:
-            if device.type == "cuda":
-                results[name].extra_peak = cuda_extra_peak(runs[name])
-                p.clear(inputs)
-                continue
-            try:
-                results[name].extra_peak = in_fresh_process(
-                    "benchmarks.core", "--memory-of", name, "--groups", group,
-                    "--dtypes", str(dtype)[6:], "--case", *map(str, case),
-                )["extra_peak"]  # fmt: skip
-            except Refused as refusal:
-                results[name].note = f"memory: {refusal}"
-    return list(results.values())
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    name = p.ceiling_name(group)
+    rows[name] = row(name, *p.ceiling_counted(group, inputs))
+    calls[name], wanted[name] = p.ceiling(group, inputs), repeats
+    gc.collect()
+    # The gate was the first warm-up; a second one only where it costs little.
+    warmups = 1 if sum(wanted.values()) == repeats * len(wanted) else 0
+    for name, times in interleaved(
+        calls, wanted, device, warmups=warmups, deadline=deadline
+    ).items():
+        rows[name].times = times
+    p.clear(inputs)
+    if keep is not None:
+        keep(list(rows.values()))
+    if memory_too:
+        _measure_memory(rows, calls, inputs, group, case, name_of_dtype, device, deadline)
+    return list(rows.values())
 
 
-def memory_of(name: str, group: str, case: tuple[int, int, int], dtype: torch.dtype) -> int:
-    """Extra resident memory of one step of one provider; meant for a fresh process."""
-    device = torch.device("cpu")
-    kind = "logits" if group.startswith("logits") else "linear"
-    small = prepare(group, p.make_inputs(kind, 8, case[1], 512, dtype, device))
-    inputs = prepare(group, p.make_inputs(kind, *case, dtype, device))
-    found = losses(group, device)
-    if name in found:
-        step(name, found[name], small, group)()  # loads libraries and starts threads
-        run = step(name, found[name], inputs, group)
-    elif name.startswith("bare"):
-        run = p.gemms(inputs, int(name[-2]))
-    else:
-        run = lambda: inputs.logits.detach().clone()  # noqa: E731
-    return resident_extra_peak(run)
+def first_call_until(deadline: float | None) -> float | None:
+    """When a first call, compiling and tuning included, must be over: it may not take all time."""
+    if deadline is None:
+        return None
+    now = time.monotonic()
+    return min(deadline, now + max(20.0, 0.4 * (deadline - now)))
+
+
+@contextlib.contextmanager
+def time_limit(deadline: float | None):
+    """Stop what runs inside at the deadline (some peers tune themselves for minutes).
+
+    Raises:
+        Refused: inside, when the time is up. Only where alarms exist, in the main thread.
+    """
+    if deadline is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise Refused("its first call took more of the time budget than it may")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(1.0, deadline - time.monotonic()))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _once(run: Callable[[], object], device: torch.device) -> float:
+    """Wall seconds of one more call, all of its work done."""
+    getattr(run, "setup", int)()
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _measure_memory(rows, calls, inputs, group, case, dtype, device, deadline) -> None:
+    if device.type == "cuda":
+        for name, run in calls.items():
+            getattr(run, "setup", int)()
+            rows[name].extra_peak = cuda_extra_peak(run)
+            p.clear(inputs)
+        return
+    if not sys.platform.startswith("linux"):
+        return
+    left = None if deadline is None else max(5.0, deadline - time.monotonic())
+    found, why = memory.in_fresh_processes(list(calls), group, case, dtype, left)
+    for name in calls:
+        rows[name].extra_peak = found.get(name)
+        if name not in found:
+            rows[name].note = _join(rows[name].note, f"memory not measured: {why}")
+
+
+def _join(*notes: str) -> str:
+    return "; ".join(n for n in notes if n)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:90] if lines else ""
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.core", description=__doc__)
+    parser.add_argument("--case", nargs=3, type=int, metavar=("N", "D", "V"), default=CPU_CASE[:3])
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument(
-        "--dtypes", nargs="+", default=["bfloat16", "float32"],
-        choices=["bfloat16", "float16", "float32"],
-    )  # fmt: skip
-    parser.add_argument("--case", nargs=3, type=int, metavar=("N", "D", "V"))
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--inputs", choices=KINDS, default="zipf")
+    parser.add_argument("--prompt-share", type=float, default=PROMPT_SHARE)
+    parser.add_argument("--softcap", type=float)
+    parser.add_argument("--providers", nargs="+", help="those whose name has one of these words")
+    parser.add_argument("--without", nargs="+", default=[], help="leave out those with these words")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="+", help="providers whose name has one of these words")
+    parser.add_argument("--seconds", type=float, help="time budget")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args(argv)
+    if args.case[0] < SEQUENCES:
+        parser.error(f"--case: expected at least {SEQUENCES} rows, got {args.case[0]}")
+    return args
 
 
-def main(argv: list[str] | None = None) -> list[Result]:
+def main(argv: list[str] | None = None) -> int:
+    """One case, group by group; the file is rewritten after each, so that a stop loses little."""
+    began = time.monotonic()
     args = arguments(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = (
-        [tuple(args.case)] if args.case else ([CPU_CASE] if device.type == "cpu" else CUDA_CASES)
-    )
-    dtypes = [getattr(torch, name) for name in args.dtypes]
-    if args.memory_of:
-        bytes_ = memory_of(args.memory_of, args.groups[0], cases[0], dtypes[0])
-        print(json.dumps({"extra_peak": bytes_}))
-        return []
-    results = []
-    for case in cases:
-        for dtype in dtypes:
-            for group in args.groups:
-                print(f"{group} {case} {dtype}", file=sys.stderr, flush=True)
-                results += run_case(
-                    group, case, dtype, device, args.repeats, not args.no_memory, args.only
-                )
-    if args.json:
-        write_json(args.json, results, environment())
-    from benchmarks.render import print_table
-
-    print_table(results)
-    return results
+    case = Case(*args.case, args.inputs, args.prompt_share, args.softcap)
+    dtype = getattr(torch, args.dtype)
+    deadline = None if args.seconds is None else began + args.seconds
+    rows: list[Row] = []
+    batch: Batch | None = None
+    env = environment()
+    for group in args.groups:
+        print(f"{group} {case.title(group)} {args.dtype}", file=sys.stderr, flush=True)
+        kind = "logits" if group in p.LOGITS else "linear"
+        if batch is None or batch.kind != kind:
+            batch = None
+            gc.collect()
+            batch = Batch(kind, case, dtype, device)
+        rows += run_case(
+            group, case, dtype, device, args.repeats, not args.no_memory, args.providers,
+            without=args.without, deadline=deadline, batch=batch,
+            keep=lambda found, before=tuple(rows): write_json(args.json, [*before, *found], env),
+        )  # fmt: skip
+        write_json(args.json, rows, env)
+    print(json.dumps({"rows": len(rows)}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

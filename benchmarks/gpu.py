@@ -1,109 +1,117 @@
 """Everything that needs a GPU, in one command without network: build, test, measure, report.
 
-    python -m benchmarks.gpu --out FOLDER [--budget 480]
+    python -m benchmarks gpu --out FOLDER [--budget 480]
 
-Works with the machine's own Python, torch and triton. Peers that are not installed are named in the
-table. Stops by itself within the budget: cases run in order of importance, each in a process of its
-own, and what did not fit is listed. FOLDER gets core.json, table.md, tests.xml and log.txt.
+Works with the machine's own Python, torch and triton. Peers that are not installed are rows that
+say so. Stops by itself within the budget: cases run in order of importance, each in a process of
+its own, and what did not fit is a row that says so. FOLDER gets results.json, table.md, plots,
+tests.xml and log.txt; a table of at most 60 lines is printed last.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
-from benchmarks.harness import ROOT, Result, environment, write_json
-from benchmarks.render import markdown
+from benchmarks.render import compact
+from benchmarks.rows import ROOT, Row, environment
+from benchmarks.suite import Job, cuda_plan, run, select
 
-# rows, hidden size, vocabulary, groups, dtype: the most important first
-PLAN = [
-    ((8192, 4096, 128256), ("trainable", "frozen", "forward"), "bfloat16"),
-    ((8192, 4096, 128256), ("logits", "logits-forward"), "bfloat16"),
-    ((8192, 896, 151936), ("trainable", "frozen"), "bfloat16"),
-    ((16384, 2048, 128256), ("trainable",), "bfloat16"),
-    ((4096, 3584, 256000), ("trainable",), "bfloat16"),
-]
-TEST_SHARE = 0.4  # of the budget, at most
+BUILD_SHARE, TEST_SHARE = 0.25, 0.35  # of the budget, at most
+LINES = 60  # of what is printed
+RESERVE = 10.0  # seconds kept for the table and the plots
+
+# Runs a command for at most some seconds: its exit status, or None when the time was up.
+Run = Callable[[Sequence[str], float], "int | None"]
 
 
 def gpu_test_files() -> list[str]:
     """Test files with tests for a GPU: the others may import what a GPU machine lacks."""
-    files = [*sorted(ROOT.glob("tests/test_*.py")), ROOT / "benchmarks/test_bench_games.py"]
+    files = sorted([*ROOT.glob("tests/test_*.py"), *ROOT.glob("benchmarks/test_bench_*.py")])
     return [str(f.relative_to(ROOT)) for f in files if "mark.gpu" in f.read_text(encoding="utf-8")]
 
 
-class Runner:
-    """Runs commands within the budget and keeps what they print."""
+def runner(log: IO[str]) -> Run:
+    """Commands with their output in `log`."""
 
-    def __init__(self, out: Path, budget: float) -> None:
-        self.end = time.monotonic() + budget
-        self.log = (out / "log.txt").open("w", encoding="utf-8")
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def run(self, command: list[str], limit: float) -> int | None:
-        """The exit status; None when the time was up."""
-        self.log.write(f"$ {' '.join(command)}\n")
-        self.log.flush()
+    def call(command: Sequence[str], seconds: float) -> int | None:
+        log.write(f"$ {' '.join(command)}\n")
+        log.flush()
         try:
             return subprocess.run(
-                command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT,
-                timeout=max(1.0, min(limit, self.left())), check=False,
+                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=max(1.0, seconds),
+                check=False,
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
-            self.log.write("(time was up)\n")
+            log.write("(time was up)\n")
             return None
 
+    return call
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+
+def outcome(status: int | None) -> str:
+    return "ok" if status == 0 else "time was up" if status is None else f"failed ({status})"
+
+
+def prepare(call: Run, out: Path, budget: float) -> tuple[bool, list[str]]:
+    """Build the extension in place and run the tests marked gpu: whether both passed, and how."""
+    built = call([sys.executable, "setup.py", "build_ext", "--inplace"], budget * BUILD_SHARE)
+    tests = call(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider",
+         f"--junitxml={out / 'tests.xml'}", *gpu_test_files()],
+        budget * TEST_SHARE,
+    )  # fmt: skip
+    lines = [f"build: {outcome(built)}", f"tests marked gpu: {outcome(tests)}"]
+    return built == 0 and tests == 0, lines
+
+
+def report(summary: Sequence[str], rows: Sequence[Row], out: Path) -> str:
+    """What is printed last: the summary and the table, LINES lines at most."""
+    head = [*summary, f"written: {out}", ""]
+    return "\n".join([*head, compact(rows, LINES - len(head))])
+
+
+def measure(
+    call: Run, plan: Sequence[Job], budget: float, out: Path, env: dict, log: IO[str],
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[bool, str]:  # fmt: skip
+    """All of it within the budget: whether everything passed, and the report."""
+    end = clock() + budget
+    passed, summary = prepare(call, out, budget)
+    rows = run(plan, max(1.0, end - RESERVE - clock()), out, env, log)
+    summary.append(f"rows measured: {sum(bool(r.times) for r in rows)} of {len(rows)}")
+    refused = [r for r in rows if r.note.startswith("refused") and r.is_ours]
+    summary += [f"REFUSED {r.group} {r.case} {r.provider}: {r.note}" for r in refused]
+    return passed and not refused, report(summary, rows, out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--budget", type=float, default=480.0, help="seconds")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds (default 480)")
+    parser.add_argument("--groups", nargs="+", default=[], help="some groups of the plan only")
+    args = parser.parse_args(argv)
     import torch
 
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device here", file=sys.stderr)
         return 2
     out = args.out.resolve()
-    runner, summary = Runner(out, args.budget), []
+    out.mkdir(parents=True, exist_ok=True)
     major, minor = torch.cuda.get_device_capability()
     os.environ.setdefault("SPPO_KERNELS_CUDA_ARCHS", f"{major}{minor}")
-    built = runner.run([sys.executable, "setup.py", "build_ext", "--inplace"], args.budget / 4)
-    summary.append(f"build: {'ok' if built == 0 else f'failed ({built})'}")
-    tests = runner.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider",
-         f"--junitxml={out / 'tests.xml'}", *gpu_test_files()],
-        args.budget * TEST_SHARE,
-    )  # fmt: skip
-    summary.append(f"tests marked gpu: {'passed' if tests == 0 else f'failed ({tests})'}")
-    results: list[Result] = []
-    for number, (case, groups, dtype) in enumerate(PLAN):
-        part = out / f"part{number}.json"
-        status = runner.run(
-            [sys.executable, "-m", "benchmarks.core", "--case", *map(str, case),
-             "--groups", *groups, "--dtypes", dtype, "--repeats", "7", "--json", str(part)],
-            runner.left(),
-        )  # fmt: skip
-        if status != 0 or not part.exists():
-            summary.append(f"not measured: {case} {groups} ({status})")
-            continue
-        rows = json.loads(part.read_text())["results"]
-        results += [Result(**{k: v for k, v in row.items() if k != "median"}) for row in rows]
-        part.unlink()
-        write_json(out / "core.json", results, environment())
-    table = markdown(results)
-    (out / "table.md").write_text("\n".join(summary) + "\n\n" + table)
-    print("\n".join(summary))
-    print("\n".join(table.splitlines()[:50]))
-    return 0 if built == 0 and tests == 0 else 1
+    with (out / "log.txt").open("w", encoding="utf-8") as log:
+        passed, text = measure(
+            runner(log), select(cuda_plan(), args.groups, []), args.budget, out, environment(), log
+        )
+    print(text)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -1,57 +1,29 @@
-"""Timing and memory that can be trusted: a gate first, interleaved repeats, fresh processes.
+"""Timing and memory that can be trusted: interleaved repeats, fresh processes.
 
 Machines are shared and noisy. Providers of a case run in turn, A B C A B C …, so that drift hits
-all of them alike, and what is reported are medians and ratios within one run. On the CPU the peak
-memory is that of a fresh process; on CUDA it is the allocator's.
+all of them alike, and what is reported are ratios within one run. On the CPU the peak memory is
+that of a fresh process; on CUDA it is the allocator's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import gc
 import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.rows import ROOT, Refused, environment, write_json
+from benchmarks.rows import Row as Result
 
-
-@dataclass
-class Result:
-    """One provider on one case: seconds, bytes, and in `note` why something is absent."""
-
-    group: str
-    case: str
-    dtype: str
-    provider: str
-    times: list[float] = field(default_factory=list)
-    extra_peak: int | None = None
-    error: float | None = None
-    flops: float | None = None
-    bytes: float | None = None
-    note: str = ""
-
-    @property
-    def best(self) -> float | None:
-        return min(self.times, default=None)
-
-    @property
-    def median(self) -> float | None:
-        return statistics.median(self.times) if self.times else None
-
-
-class Refused(Exception):
-    """A provider that fails the correctness gate, or cannot run the case."""
+__all__ = [
+    "ROOT", "Refused", "Result", "clock", "cuda_extra_peak", "environment", "in_fresh_process",
+    "interleaved", "resident_extra_peak", "write_json",
+]  # fmt: skip
 
 
 def clock(function: Callable[[], object], device: torch.device) -> float:
@@ -69,22 +41,35 @@ def clock(function: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], repeats: int, device: torch.device
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int | Mapping[str, int],
+    device: torch.device,
+    *,
+    warmups: int = 2,
+    deadline: float | None = None,
 ) -> dict[str, list[float]]:
-    """Times of every function, taken in turn after two warm-ups of each.
+    """Times of every function, taken in turn after the warm-ups.
 
-    What a function has as its attribute `setup` runs before each call, outside the clock. Two,
-    because on virtual machines memory that is touched for the first time is slow.
+    What a function has as its attribute `setup` runs before each call, outside the clock. Two
+    warm-ups, because on virtual machines memory that is touched for the first time is slow.
+
+    Args:
+        repeats: timed calls of each function, or of each by name.
+        deadline: of time.monotonic(); after it no new round starts, but two rounds always run.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in [*functions.values()] * 2:
+    wanted = {n: repeats if isinstance(repeats, int) else repeats[n] for n in functions}
+    for function in [*functions.values()] * warmups:
         getattr(function, "setup", int)()
         function()
     gc.collect()
-    for _ in range(repeats):
+    for number in range(max(wanted.values(), default=0)):
+        if number >= 2 and deadline is not None and time.monotonic() > deadline:
+            break
         for name, function in functions.items():
-            getattr(function, "setup", int)()
-            times[name].append(clock(function, device))
+            if number < wanted[name]:
+                getattr(function, "setup", int)()
+                times[name].append(clock(function, device))
     return times
 
 
@@ -114,69 +99,15 @@ def _status_kib(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}")
 
 
-def in_fresh_process(module: str, *args: str) -> dict:
+def in_fresh_process(module: str, *args: str, timeout: float | None = None) -> dict:
     """Run `python -m module args` and read the JSON of its last line."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *args], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *args], cwd=ROOT, capture_output=True, text=True,
+            check=False, timeout=timeout,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise Refused("the time budget was spent") from None
     if done.returncode:
         raise Refused(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "failed")
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def environment() -> dict:
-    """Machine, versions, commit and date of a run."""
-    import sppo_kernels
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers", "trl", "liger_kernel", "evalica", "choix", "nashpy"):
-        with contextlib.suppress(Exception):
-            from importlib.metadata import version
-
-            versions[name] = version(name.replace("_", "-"))
-    machine = {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-    with contextlib.suppress(Exception):
-        from sppo_kernels import _C
-
-        machine["build"] = _C.build_info()
-    return {
-        "machine": machine,
-        "versions": versions | {"sppo_kernels": sppo_kernels.__version__},
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "HEAD") or os.environ.get("SPPO_KERNELS_COMMIT", "unknown")
-    return commit + (
-        "+changes"
-        if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-        else ""
-    )
-
-
-def write_json(path: Path, results: list[Result], env: dict) -> None:
-    """All results of a run, written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(r) | {"median": r.median} for r in results]
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"schema": 1, **env, "results": rows}, indent=1) + "\n")
-    partial.replace(path)

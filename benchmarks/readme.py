@@ -1,6 +1,9 @@
-"""Write the table of measured figures into the README, from the committed results.
+"""Write the measured figures into the README, from the committed results.
 
-python -m benchmarks.readme [--check]      (--check: exit 1 if the README is not current)
+python -m benchmarks readme [--check]      (--check: exit 1 if the README is not current)
+
+Every folder of benchmarks/results/ is a machine. Its results.json is used, or, where there is none,
+all results files of the folder together.
 """
 
 from __future__ import annotations
@@ -8,25 +11,42 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from benchmarks.harness import ROOT, Result
-from benchmarks.render import is_ceiling
+from benchmarks.render import ours_of, seconds
+from benchmarks.rows import RESULTS, ROOT, SCHEMA_VERSION, Row, ceiling_ratio, read_json, same_case
 
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
-RESULTS = ROOT / "benchmarks" / "results"
 INTRODUCTION = """\
-Loss path on the CPU, 2048 tokens (8 responses), D = 1024, V = 50304: ratios of the best times of
-one interleaved run, and extra peak memory of a fresh process. Ceilings: the 3, 2 or 1 bare matrix
-products; for logits-in a copy of the logits, which forward alone beats, since it writes nothing.
-Every provider passed a gate against float64 before it was timed."""
+Every provider passed a gate against float64 before it was timed, on all rows of the batch. Of
+ceiling: our rate over that of the bare matrix products (3, 2 or 1) of the rows that count, or over
+the bandwidth of a copy of the logits to fresh memory, in the same run, which what writes in place
+or only reads can exceed.
+Other columns: a provider's best time over ours, calls taken in turn. Memory: our extra peak over
+eager's. Prompts and padding are rows that do not count: providers that cannot leave them out pay
+for them, as in life; "all rows" has none."""
 TITLES = {
-    "trainable": "hidden-in, trainable head",
-    "frozen": "hidden-in, frozen head",
+    "trainable": "trainable head",
+    "frozen": "frozen head",
     "forward": "hidden-in, no gradient",
-    "logits": "logits-in, with gradient",
+    "logits": "logits-in",
     "logits-forward": "logits-in, no gradient",
 }
-PEERS = ("eager", "eager, float32 log-probs", "torch.compile", "TRL chunked", "Liger sppo_hard")
+# column: providers, of whose cells all that exist are shown
+COLUMNS = {
+    "eager / with float32 log-probs": ("eager", "eager, float32 log-probs"),
+    "torch.compile": ("torch.compile",),
+    "TRL": ("TRL chunked",),
+    "Liger": ("Liger sppo_hard",),
+    "Apple CCE": ("Apple CCE",),
+    "`F.linear_cross_entropy`": ("F.linear_cross_entropy",),
+    "released SPPO": ("released SPPO",),
+}
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:.0f}"
 
 
 def short(commit: str) -> str:
@@ -35,111 +55,150 @@ def short(commit: str) -> str:
     return name[:12] + plus + changes
 
 
-def line(title: str, ours: Result, same: dict[str, Result], ceiling: Result) -> str:
-    """One row of the table: `ours` against the ceiling and the peers of the same run."""
-    cells = [title, f"{ours.best / ceiling.best:.2f}"]
-    for name in PEERS:
-        peer = same.get(name)
-        cells.append(f"{peer.best / ours.best:.2f}" if peer and peer.best else "–")
-    eager = same["eager"].extra_peak
-    cells.append(
-        "–" if eager is None or ours.extra_peak is None else f"{ours.extra_peak / eager:.2f}"
+def machine_rows(folder: Path) -> tuple[list[Row], list[dict]]:
+    """All rows of a machine, and the environments of the files they are from."""
+    whole = folder / "results.json"
+    rows, envs = [], []
+    for path in [whole] if whole.exists() else sorted(folder.glob("*.json")):
+        if "rows" not in (data := json.loads(path.read_text())) or data["schema"] != SCHEMA_VERSION:
+            continue  # another kind of file, such as a sweep
+        found, env = read_json(path)
+        rows, envs = rows + found, [*envs, env]
+    return rows, envs
+
+
+def loss_lines(rows: Sequence[Row]) -> list[str]:
+    """The loss path: one line for each of our implementations on each case."""
+    rows = [r for r in rows if r.group in TITLES]
+    fast = {r.key: ours_of(rows, r) for r in rows}
+    lines = [r for r in rows if r.times and r.is_ours and "reference" not in r.provider]
+    if not lines:
+        return []
+    measured = {r.provider for r in rows if r.times}
+    shown = [column for column, names in COLUMNS.items() if measured & {*names}]
+    out = [
+        "| case | of ceiling | " + " | ".join(shown) + " | memory |",
+        "|" + " --- |" * (len(shown) + 3),
+    ]
+    order = list(TITLES)
+    for ours in sorted(lines, key=lambda r: order.index(r.group)):
+        same = {r.provider: r for r in same_case(rows, ours) if r.times}
+        share = ceiling_ratio(rows, ours)
+        cells = [_case(ours, fast[ours.key]), "–" if share is None else f"{100 * share:.0f} %"]
+        for column in shown:
+            found = [same[n] for n in COLUMNS[column] if n in same]
+            cells.append(" / ".join(f"{r.best / ours.best:.2f}" for r in found) or "–")
+        out.append("| " + " | ".join([*cells, _memory(ours, same.get("eager"))]) + " |")
+    return out
+
+
+def _case(ours: Row, fast: Row) -> str:
+    text = TITLES[ours.group]
+    if ours is not fast:
+        text += ours.provider.removeprefix(fast.provider)
+    kind = ours.inputs.partition(",")[0]
+    text += f", {ours.dtype}, {kind}" + (", all rows" if " all " in ours.inputs else "")
+    return f"{text}, {ours.case}"
+
+
+def _memory(ours: Row, eager: Row | None) -> str:
+    if eager is None or ours.extra_peak is None or not eager.extra_peak:
+        return "–"
+    return f"{ours.extra_peak / eager.extra_peak:.2f}"
+
+
+def game_lines(rows: Sequence[Row]) -> list[str]:
+    """Preference games on one core: our time, and how many times longer the peers take."""
+    rows = [r for r in rows if r.group == "games" and r.times]
+    lines = []
+    for what in ("fused path", "nash", "bradley_terry", "aggregate"):
+        cells = []
+        for size in ("K=5", "K=16"):
+            case = [
+                r for r in rows
+                if r.case == f"{what} {size}"
+                or (r.case.startswith(f"{what} {size},") and not r.case.endswith("each"))
+            ]  # fmt: skip
+            ours = next((r for r in case if r.is_ours), None)
+            if ours is None:
+                cells.append("–")
+                continue
+            peers = [
+                f"{r.provider.removeprefix('sppo-kernels ')} {times(r.best / ours.best)}"
+                for r in case
+                if r is not ours
+            ]
+            cells.append(f"{seconds(ours.best, ours.per)}; " + ", ".join(peers))
+        if set(cells) != {"–"}:
+            name = "symmetrise, win rates, pair, targets" if what == "fused path" else f"`{what}`"
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if not lines:
+        return []
+    return [
+        "| games, one core: our time; times as long for others | K = 5 | K = 16 |",
+        "| --- | --- | --- |",
+        *lines,
+    ]
+
+
+def trainer_lines(rows: Sequence[Row]) -> list[str]:
+    """SPPOTrainer against TRL's DPOTrainer, in a sentence."""
+    found = [r for r in rows if r.group == "trainer" and r.times]
+    ours = next((r for r in found if r.is_ours), None)
+    theirs = next((r for r in found if not r.is_ours), None)
+    if ours is None or theirs is None:
+        return []
+    text = (
+        f"Trainer, {ours.case}, {ours.dtype}, one thread: TRL's DPOTrainer (`sppo_hard`) takes "
+        f"{theirs.best / ours.best:.1f} times our CPU time a token"
     )
-    return "| " + " | ".join(cells) + " |"
+    if ours.extra_peak is not None and theirs.extra_peak:
+        text += f" and {theirs.extra_peak / ours.extra_peak:.1f} times our memory above the model"
+    return [text + f" ({ours.note})."]
 
 
-def core_rows() -> tuple[list[str], str]:
-    """One line a group and dtype of core-cpu*.json, and the machine's line."""
-    results, notes = [], []
-    for path in sorted(RESULTS.glob("core-cpu*.json")):
-        data = json.loads(path.read_text())
-        known = Result.__dataclass_fields__
-        results += [Result(**{k: v for k, v in r.items() if k in known}) for r in data["results"]]
-        machine, versions = data["machine"], data["versions"]
-        notes.append(
-            f"{machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}, commit "
-            f"{short(data['commit'])}, {data['date'][:10]}"
-        )
-    lines = [
-        "| case | x bare GEMMs, or copy | " + " | ".join(f"{p}, x ours" for p in PEERS)
-        + " | memory, ours : eager |",
-        "|" + " --- |" * (len(PEERS) + 3),
-    ]  # fmt: skip
-    for group, dtype in dict.fromkeys((r.group, r.dtype) for r in results):
-        same = {r.provider: r for r in results if (r.group, r.dtype) == (group, dtype)}
-        ours = next(r for n, r in same.items() if n.startswith("sppo-kernels"))
-        ceiling = next((r for r in same.values() if is_ceiling(r)), None)
-        lines.append(line(f"{TITLES[group]}, {dtype}", ours, same, ceiling))
-        for name, result in same.items():
-            if name.endswith("in place"):
-                lines.append(line(f"{TITLES[group]}, in place, {dtype}", result, same, ceiling))
-    return lines, "; ".join(dict.fromkeys(notes))
+def machine_block(folder: Path) -> list[str]:
+    rows, envs = machine_rows(folder)
+    machine = envs[0]["machine"]
+    runs = dict.fromkeys(
+        f"torch {e['versions']['torch']}, commit {short(e['commit'])}, {e['date'][:10]}"
+        for e in envs
+    )
+    threads = max(e["machine"]["threads"] for e in envs)
+    name = machine["gpu"] or f"{machine['cpu']}, {threads} threads"
+    plots = "".join(
+        f" [{n}]({(folder / f'{n}.svg').relative_to(ROOT).as_posix()})"
+        for n in ("ratios", "memory")
+        if (folder / f"{n}.svg").exists()
+    )
+    out = [f"**{name}** ({'; '.join(runs)}).{plots}", ""]
+    for lines in (loss_lines(rows), game_lines(rows), trainer_lines(rows)):
+        out += [*lines, ""] if lines else []
+    return out
 
 
 def block() -> str:
     """The README's text between the marks."""
-    lines, machine = core_rows()
-    games = json.loads((RESULTS / "games-cpu.json").read_text())
-    return "\n".join(
-        [
-            BEGIN,
-            *INTRODUCTION.splitlines(),
-            "",
-            *lines,
-            "",
-            f"Measured on: {machine} (a shared machine; `python -m benchmarks.core`).",
-            "",
-            *game_lines(games),
-            END,
-        ]
-    )
+    out = [BEGIN, *INTRODUCTION.splitlines(), ""]
+    for folder in sorted(f for f in RESULTS.iterdir() if f.is_dir()):
+        if any(folder.glob("*.json")):
+            out += machine_block(folder)
+    return "\n".join([*out[:-1], END])
 
 
-def game_lines(games: dict) -> list[str]:
-    """Preference games on one core: nanoseconds or microseconds a game, and ratios."""
-    fused, nash = games["fused path"], games["nash"]
-    bt, agg = games["bradley_terry"], games["aggregate"]
-    lines = [
-        "| preference games, one core | K = 5 | K = 16 |",
-        "| --- | --- | --- |",
-        "| fused path (symmetrise, win rates, pair, targets), ns a prompt | "
-        + " | ".join(f"{fused[k]['ns_per_prompt']:.0f}" for k in ("K=5", "K=16")) + " |",
-        "| – times faster than the eager reference / the leanest eager code | "
-        + " | ".join(
-            f"{fused[k]['times_faster_than_reference']:.1f} / "
-            f"{fused[k]['times_faster_than_lean_eager']:.1f}" for k in ("K=5", "K=16")
-        ) + " |",
-        "| `nash`, µs a game (largest exploitability 1e-14) / times faster than nashpy | "
-        + " | ".join(
-            f"{nash[k]['us_per_game']:.2f} / {nash[k]['times_faster_than_nashpy']:.0f}"
-            for k in ("K=5", "K=16")
-        ) + " |",
-        "| `bradley_terry`, times faster than evalica | "
-        + " | ".join(f"{bt[k]['times_faster_than_evalica']:.0f}" for k in ("K=5", "K=16")) + " |",
-        "| `aggregate`, times faster than evalica | "
-        + " | ".join(f"{v['times_faster_than_evalica']:.0f}" for v in list(agg.values())[:2])
-        + " |",
-    ]  # fmt: skip
-    machine = games["machine"]
-    lines += [
-        "",
-        f"Measured on: {machine['cpu']}, {games['clock']}, torch {machine['versions']['torch']}, "
-        f"commit {machine['commit'][:12]} (`python -m benchmarks.games`).",
-    ]
-    return lines
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__)
     parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     path = ROOT / "README.md"
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN, 1)
     current = head + block() + rest.split(END, 1)[1]
     if args.check:
+        if current != text:
+            print("README.md is not current: run python -m benchmarks readme", file=sys.stderr)
         return int(current != text)
-    path.write_text(current)
+    path.write_text(current, encoding="utf-8")
     return 0
 
 

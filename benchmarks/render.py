@@ -1,4 +1,4 @@
-"""Results as a table: ratios to ours and to the ceiling of the same run, memory beside them.
+"""Results as a table: the share of the ceiling, ratios to ours, memory, rates.
 
 Ratios are of the best times: other work on a machine only ever slows a call down. Medians and the
 spread around them stand beside them, and all times are in the JSON.
@@ -6,57 +6,109 @@ spread around them stand beside them, and all times are in the JSON.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 
-from benchmarks.harness import Result
+from benchmarks.rows import Row, ceiling_ratio, same_case
 
 HEADER = (
-    "group", "case", "dtype", "provider", "best", "median", "spread", "x ours", "x ceiling",
-    "memory",
+    "group", "case", "dtype", "provider", "best", "median", "spread", "of ceiling", "x ours",
+    "rate", "memory", "note",
 )  # fmt: skip
+UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 
 
-def is_ceiling(result: Result) -> bool:
-    return result.provider.startswith(("bare GEMMs", "copy of"))
+def seconds(value: float, per: str = "step") -> str:
+    """A time in a readable unit, and what it is of when not of a step."""
+    scale, unit = next((u for u in UNITS if value >= u[0]), UNITS[-1])
+    text = f"{value / scale:.3g}" if value / scale < 100 else f"{value / scale:.0f}"
+    return f"{text} {unit}" + ("" if per == "step" else f" a {per}")
 
 
-def rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
-    """One row a result, in the order of HEADER; a provider that is absent says why."""
+def ours_of(rows: Iterable[Row], row: Row) -> Row | None:
+    """Our fastest implementation among the rows measured in turn with `row`."""
+    return next((r for r in same_case(rows, row) if r.is_ours and r.times), None)
+
+
+def cells(rows: Sequence[Row], row: Row) -> tuple[str, ...]:
+    """One row of the table, in the order of HEADER; a provider that is absent says why."""
+    case = row.case
+    if row.inputs.startswith(("zipf", "flat")):
+        case += f", {row.inputs[:4]}" + (", all rows" if " all " in row.inputs else "")
+    if not row.times:
+        return (row.group, case, row.dtype, row.provider, *[""] * 7, row.note)
+    ours, share = ours_of(rows, row), ceiling_ratio(rows, row)
+    rate = ""
+    if row.rate is not None:
+        unit = (1e12, "TFLOP/s") if row.flops is not None else (1e9, "GB/s")
+        rate = f"{row.rate / unit[0]:.3g} {unit[1]}"
+    return (
+        row.group, case, row.dtype, row.provider, seconds(row.best, row.per),
+        seconds(row.median), f"±{100 * row.spread:.0f} %",
+        "" if share is None else f"{100 * share:.0f} %",
+        f"{row.best / ours.best:.2f}" if ours else "",
+        rate,
+        "" if row.extra_peak is None else f"{row.extra_peak / 2**20:.0f} MiB",
+        row.note,
+    )  # fmt: skip
+
+
+def rows(results: Iterable[Row]) -> list[tuple[str, ...]]:
     results = list(results)
-    out = []
-    for r in results:
-        same = [q for q in results if (q.group, q.case, q.dtype) == (r.group, r.case, r.dtype)]
-        ours = next((q.best for q in same if q.provider.startswith("sppo-kernels")), None)
-        ceiling = next((q.best for q in same if is_ceiling(q)), None)
-        if r.median is None:
-            out.append((r.group, r.case, r.dtype, r.provider, r.note, *[""] * 5))
-            continue
-        spread = (max(r.times) - min(r.times)) / r.median
-        out.append(
-            (
-                r.group,
-                r.case,
-                r.dtype,
-                r.provider,
-                f"{r.best * 1e3:.1f} ms",
-                f"{r.median * 1e3:.1f} ms",
-                f"±{50 * spread:.0f} %",
-                f"{r.best / ours:.2f}" if ours else "",
-                f"{r.best / ceiling:.2f}" if ceiling else "",
-                f"{r.extra_peak / 2**20:.0f} MiB" if r.extra_peak is not None else "",
-            )
-        )
-    return out
+    return [cells(results, r) for r in results]
 
 
-def markdown(results: Iterable[Result]) -> str:
+def markdown(results: Iterable[Row]) -> str:
     """A Markdown table of all results."""
     lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
     lines += ["| " + " | ".join(row) + " |" for row in rows(results)]
     return "\n".join(lines) + "\n"
 
 
-def print_table(results: Iterable[Result]) -> None:
+def document(results: Iterable[Row], env: dict) -> str:
+    """The table with what it was measured on."""
+    results = list(results)
+    inputs = dict.fromkeys(r.inputs for r in results if r.inputs)
+    return "\n".join(
+        [
+            markdown(results),
+            "Of ceiling: the rate over that of the bare matrix products of the rows that count, or",
+            "of a copy of the logits, in the same run. x ours: best time over our best time. Notes",
+            "and schema: docs/benchmarks.md.",
+            "",
+            "Inputs: " + "; ".join(inputs) + ".",
+            "",
+            "```json",
+            json.dumps(env, indent=1),
+            "```",
+            "",
+        ]
+    )
+
+
+def compact(results: Iterable[Row], most: int = 50) -> str:
+    """A table of fixed width without inputs and notes, of at most `most` lines."""
+    results = list(results)
+    lines = [
+        f"{'group':<14} {'case':<34} {'provider':<30} {'best':>9} {'ceiling':>8} {'x ours':>7} "
+        f"{'memory':>10}"
+    ]
+    for row in results:
+        c = dict(zip(HEADER, cells(results, row), strict=True))
+        if not row.times:
+            lines.append(f"{row.group:<14} {c['case']:<34} {row.provider:<30} {row.note}"[:118])
+            continue
+        lines.append(
+            f"{row.group:<14} {c['case']:<34} {row.provider:<30} {c['best']:>9} "
+            f"{c['of ceiling']:>8} {c['x ours']:>7} {c['memory']:>10}"
+        )
+    if len(lines) > most:
+        left = len(lines) - most + 1
+        lines = [*lines[: most - 1], f"… {left} lines more in table.md"]
+    return "\n".join(lines)
+
+
+def print_table(results: Iterable[Row]) -> None:
     """The table on a terminal."""
     try:
         from rich.console import Console
@@ -67,4 +119,23 @@ def print_table(results: Iterable[Result]) -> None:
     table = Table(*HEADER)
     for row in rows(results):
         table.add_row(*row)
-    Console(width=160).print(table)
+    Console(width=200).print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """python -m benchmarks render FILE: the Markdown table of a results file."""
+    import argparse
+    from pathlib import Path
+
+    from benchmarks.rows import read_json
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks render", description=main.__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--out", type=Path, help="a file; standard output without it")
+    args = parser.parse_args(argv)
+    text = document(*read_json(args.file))
+    if args.out:
+        args.out.write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+    return 0

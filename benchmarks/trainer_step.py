@@ -1,6 +1,9 @@
-"""One trainer, one process: `python -m benchmarks.trainer_step ours|trl` prints a JSON line.
+"""SPPOTrainer against TRL's DPOTrainer, each in its own process with one thread, side by side.
 
-All train the same Llama on the same pairs of token ids with hard labels: `ours` is SPPOTrainer,
+    python -m benchmarks trainer [--json FILE]      both
+    python -m benchmarks trainer ours|trl           one, in this process; prints a JSON line
+
+Both train the same Llama on the same pairs of token ids with hard labels: `ours` is SPPOTrainer,
 `trl` is TRL's DPOTrainer with `sppo_hard`. Reference log-probs are there before the clock starts.
 `outside` is the share of our time spent neither in the model's forward with the loss, nor in
 backward, nor in clipping and the optimizer's step: collation, bookkeeping and metrics.
@@ -9,17 +12,24 @@ Lengths are log-normal, as those of real answers are (median 90 tokens, one in t
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
+import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 
-VOCAB, STEPS, PAIRS, BETA = 32000, 6, 4, 0.001
+from benchmarks.rows import OURS, ROOT, Row, environment, write_json
+
+VOCAB, STEPS, PAIRS, BETA = 32000, 4, 4, 0.001
+INPUTS = "random tokens, log-normal lengths: prompts of 60 and responses of 90 tokens in the median"
 
 
 def make_model():
@@ -40,7 +50,7 @@ def make_model():
     )
 
 
-def make_rows(count: int = STEPS * PAIRS) -> list[dict]:
+def make_rows(count: int) -> list[dict]:
     g = torch.Generator().manual_seed(1)
 
     def ids(median: float) -> list[int]:
@@ -62,7 +72,7 @@ def tokens_of(rows: list[dict]) -> int:
     return sum(len(r["prompt_ids"]) + len(y) for r in rows for y in r["response_ids"])
 
 
-def common(folder: str) -> dict:
+def common(folder: str, steps: int) -> dict:
     return {
         "output_dir": folder,
         "report_to": [],
@@ -70,7 +80,7 @@ def common(folder: str) -> dict:
         "save_strategy": "no",
         "disable_tqdm": True,
         "logging_steps": 2,
-        "max_steps": STEPS,
+        "max_steps": steps,
         "per_device_train_batch_size": PAIRS,
         "per_device_eval_batch_size": PAIRS,
         "train_sampling_strategy": "sequential",
@@ -79,16 +89,16 @@ def common(folder: str) -> dict:
     }
 
 
-def ours(folder: str):
+def ours(folder: str, steps: int):
     from sppo_kernels.trainer import SPPOConfig, SPPOTrainer
 
-    args = SPPOConfig(**common(folder), eta=1 / BETA)
-    trainer = SPPOTrainer(make_model(), args, make_rows())
+    args = SPPOConfig(**common(folder, steps), eta=1 / BETA)
+    trainer = SPPOTrainer(make_model(), args, make_rows(steps * PAIRS))
     trainer.prepare()
     return trainer
 
 
-def trl(folder: str):
+def trl(folder: str, steps: int):
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -98,7 +108,7 @@ def trl(folder: str):
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
     args = DPOConfig(
-        **common(folder),
+        **common(folder, steps),
         loss_type="sppo_hard",
         beta=BETA,
         max_length=None,
@@ -111,7 +121,7 @@ def trl(folder: str):
     trainer = DPOTrainer(model, other, args=args, train_dataset=text, processing_class=tokenizer)
     trainer.ref_model, trainer.precompute_ref_logps = None, True
     del other
-    rows = make_rows()
+    rows = make_rows(steps * PAIRS)
     data = []
     with torch.no_grad():
         for row in rows:
@@ -171,10 +181,31 @@ def timed_inside(trainer) -> list[float]:
     return total
 
 
-def main(which: str) -> None:
+def clocked_steps(trainer) -> list[float]:
+    """A list that gets the CPU seconds of every step but the first, collation included."""
+    from transformers import TrainerCallback
+
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        before = None
+
+        def on_step_end(self, args, state, control, **_):
+            now = time.process_time()
+            if self.before is not None:
+                seconds.append(now - self.before)
+            self.before = now
+
+    trainer.add_callback(Clock())
+    return seconds
+
+
+def one(which: str, steps: int) -> dict:
+    """Train with one of the two, in this process."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = {"ours": ours, "trl": trl}[which](folder)
+        trainer = {"ours": ours, "trl": trl}[which](folder, steps)
         inside = timed_inside(trainer) if which == "ours" else None
+        clocked = clocked_steps(trainer)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # give back what preparing freed
         before = current_rss()
@@ -182,13 +213,15 @@ def main(which: str) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         trainer.train()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    tokens = tokens_of(make_rows())
+    rows = make_rows(steps * PAIRS)
+    tokens = [tokens_of(rows[i : i + PAIRS]) for i in range(0, len(rows), PAIRS)]
     found = {
         "which": which,
         "seconds": wall,
         "cpu_seconds": cpu,
-        "tokens_per_second": tokens / wall,
-        "tokens_per_cpu_second": tokens / cpu,
+        "tokens_per_second": sum(tokens) / wall,
+        "tokens_per_cpu_second": sum(tokens) / cpu,
+        "cpu_seconds_per_token": [s / n for s, n in zip(clocked, tokens[1:], strict=True)],
         "rss_before_mib": before / 2**20,
         "peak_extra_mib": (peak_rss() - before) / 2**20,
     }
@@ -197,7 +230,81 @@ def main(which: str) -> None:
         found["outside"] = 1 - inside[0] / inside[1]
     if history:
         found["loss"] = history[0]["loss"]
-    print(json.dumps(found))
+    return found
+
+
+def both(steps: int, seconds: float | None = None) -> dict[str, dict | str]:
+    """Each trainer in a process and on a core of its own, side by side; a text says what failed."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = {
+        which: subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.trainer_step", which, "--steps", str(steps)],
+            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for which in ("ours", "trl")
+    }  # fmt: skip
+    end, found = None if seconds is None else time.monotonic() + seconds, {}
+    for which, process in running.items():
+        left = None if end is None else max(1.0, end - time.monotonic())
+        try:
+            out, errors = process.communicate(timeout=left)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            found[which] = "not measured: the time budget was spent"
+            continue
+        lines = (out if process.returncode == 0 else errors).strip().splitlines()
+        last = lines[-1] if lines else "it printed nothing"
+        found[which] = json.loads(last) if process.returncode == 0 else f"cannot run: {last[:120]}"
+    return found
+
+
+def rows_of(found: dict[str, dict | str], steps: int) -> list[Row]:
+    """Rows of both trainers; TRL's are refused when its steps were not the same steps as ours."""
+    case = f"Llama of 4 layers, D=256, V={VOCAB}, {PAIRS} pairs a step"
+    names = {"ours": f"{OURS} SPPOTrainer", "trl": "TRL DPOTrainer"}
+    out = []
+    for which, result in found.items():
+        row = Row("trainer", case, "float32", names[which], per="token", inputs=INPUTS)
+        out.append(row)
+        if isinstance(result, str):
+            row.note = result
+            continue
+        row.times = result["cpu_seconds_per_token"]
+        row.extra_peak = max(0, int(result["peak_extra_mib"] * 2**20))
+        row.note = f"CPU time, one thread, steps 2 to {steps}"
+        if "outside" in result:
+            row.note += f"; {result['outside']:.1%} of it outside model, loss and optimizer"
+    ours, theirs = found.get("ours"), found.get("trl")
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        # The paper's units (eta = 1000), and a sum over the pair instead of the mean.
+        same = 2 * ours["loss"] / BETA**2
+        out[1].error = abs(theirs["loss"] - same) / same
+        if not out[1].error <= 1e-3:
+            out[1].times = []
+            out[1].note = f"refused: its loss differs by {out[1].error:.1e}, more than 1e-03"
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks trainer", description=__doc__)
+    parser.add_argument("which", nargs="?", choices=("ours", "trl"), help="one, in this process")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seconds", type=float, help="time budget")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    args = parser.parse_args(argv)
+    if args.steps < 2:
+        parser.error(f"--steps: expected at least 2, got {args.steps}")
+    if args.which:
+        print(json.dumps(one(args.which, args.steps)))
+        return 0
+    rows = rows_of(both(args.steps, args.seconds), args.steps)
+    if args.json:
+        write_json(args.json, rows, environment())
+    from benchmarks.render import compact
+
+    print(compact(rows))
+    return 0
 
 
 def current_rss() -> int:
@@ -218,4 +325,4 @@ def peak_rss() -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main())

@@ -5,7 +5,8 @@ from sppo_kernels.games import bradley_terry, nash, regularized_nash, tournament
 from sppo_kernels.linear_logps import linear_sequence_logps, linear_token_logps
 from sppo_kernels.logps import sequence_logps, token_logps
 from sppo_kernels.loss import fused_linear_sppo_loss, fused_sppo_loss, sppo_loss
-from sppo_kernels.nn import FusedLinearSPPOLoss, FusedSPPOLoss, SPPOLoss
+from sppo_kernels.nn import FusedLinearSPPOLoss, FusedSPPOLoss, PairwiseLoss, SPPOLoss
+from sppo_kernels.pairwise import pairwise_loss
 from sppo_kernels.preference import select_pairs, sppo_targets, symmetrize, win_rates
 from sppo_kernels.token_stats import linear_token_stats
 from sppo_kernels.types import (
@@ -29,6 +30,7 @@ __all__ = [
     "FusedLinearSPPOLoss",
     "FusedSPPOLoss",
     "Pairs",
+    "PairwiseLoss",
     "SPPOLoss",
     "SPPOOutput",
     "SPPOTargets",
@@ -44,6 +46,7 @@ __all__ = [
     "linear_token_stats",
     "load_comparisons",
     "nash",
+    "pairwise_loss",
     "regularized_nash",
     "select_pairs",
     "sequence_logps",

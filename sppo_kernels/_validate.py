@@ -117,25 +117,25 @@ def offsets(cu_seqlens: object, rows: int) -> Tensor:
     return value.contiguous()
 
 
-def win_rates(win_rate: Tensor) -> None:
+def win_rates(win_rate: Tensor, name: str = "win_rate") -> None:
     if not can_read(win_rate):
         return
     bad = ~((win_rate >= 0) & (win_rate <= 1))
     if bool(bad.any()):
         where = int(bad.nonzero()[0])
         raise ValueError(
-            f"win_rate: expected values in [0, 1], got {win_rate[where].item()} at {where}"
+            f"{name}: expected values in [0, 1], got {win_rate[where].item()} at {where}"
         )
 
 
-def weights(value: Tensor) -> None:
+def weights(value: Tensor, name: str = "weights") -> None:
     if not can_read(value):
         return
     bad = ~((value >= 0) & value.isfinite())
     if bool(bad.any()):
         where = int(bad.nonzero()[0])
         raise ValueError(
-            f"weights: expected finite values of at least 0, got {value[where].item()} at {where}"
+            f"{name}: expected finite values of at least 0, got {value[where].item()} at {where}"
         )
 
 

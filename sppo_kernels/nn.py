@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sppo_kernels import _validate, loss
+from sppo_kernels import _validate, loss, pairwise
 from sppo_kernels.types import SPPOOutput
 
-__all__ = ["FusedLinearSPPOLoss", "FusedSPPOLoss", "SPPOLoss"]
+__all__ = ["FusedLinearSPPOLoss", "FusedSPPOLoss", "PairwiseLoss", "SPPOLoss"]
 
 
 class SPPOLoss(torch.nn.Module):
@@ -145,4 +145,42 @@ class FusedLinearSPPOLoss(SPPOLoss):
         return loss.fused_linear_sppo_loss(
             hidden, weight, labels, ref_logps, win_rate, cu_seqlens,
             bias=bias, rows=rows, weights=weights, **self.settings(),
+        )  # fmt: skip
+
+
+class PairwiseLoss(torch.nn.Module):
+    """`pairwise_loss` with its kind and numbers fixed; see there for their meaning.
+
+    Args:
+        kind: the objective.
+        reduction: "mean", "sum" or "none".
+        settings: the numbers the kind takes (beta, label_smoothing, margin, ...).
+
+    Raises:
+        ValueError: the kind is unknown, or does not take a setting, or lacks one.
+    """
+
+    def __init__(self, kind: str, *, reduction: str = "mean", **settings: float) -> None:
+        super().__init__()
+        objective = pairwise.find_kind(kind)
+        self.kind = objective.name
+        self.reduction = _validate.choice("reduction", reduction, loss.REDUCTIONS)
+        self.settings = pairwise.checked_settings(objective, settings)
+
+    def extra_repr(self) -> str:
+        shown = {"kind": self.kind, **self.settings, "reduction": self.reduction}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    def forward(
+        self,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        ref_chosen_logps: Tensor | None = None,
+        ref_rejected_logps: Tensor | None = None,
+        **tensors: Tensor | None,
+    ) -> Tensor:
+        """Log-probabilities [P] and the other tensors of the kind -> loss, as `pairwise_loss`."""
+        return pairwise.pairwise_loss(
+            chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
+            kind=self.kind, reduction=self.reduction, **self.settings, **tensors,
         )  # fmt: skip

@@ -1,23 +1,83 @@
-"""The benchmarks' own proofs: a wrong provider is refused, ratios and files are what they say."""
+"""The benchmarks' gate and measurements: wrong providers are refused, figures are what they say."""
 
+import dataclasses
+import functools
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from benchmarks import core, harness, providers, render
-from benchmarks.harness import Refused, Result
+from benchmarks import core, harness, memory, peers, providers
+from benchmarks.inputs import IGNORED, Case, make_inputs, prepare
+from benchmarks.rows import ROOT, Refused, Row
+from benchmarks.truth import Truth
+from sppo_kernels.testing import relative_error
 
-CASE = (64, 16, 401)
+CASE = Case(64, 16, 401)
 CPU = torch.device("cpu")
+
+
+def quick(group):
+    """Providers that run here at once: no compiling, no Triton interpreter."""
+    found = [q for q in providers.of_group(group) if not q.compiles and "triton" not in q.name]
+    return [q for q in found if q.why_not(CASE, torch.float32, CPU) is None]
 
 
 @pytest.mark.parametrize("group", core.GROUPS)
 def test_providers_pass_the_gate(group):
-    for name, loss in core.losses(group, CPU).items():
-        if name == "torch.compile":
-            continue  # minutes of compilation; the benchmark itself gates it
-        assert core.gate(name, loss, group, CASE, torch.float32, CPU) < 1e-4, name
+    found = quick(group)
+    if group in providers.LINEAR and importlib.util.find_spec("liger_kernel"):
+        liger = next(q for q in providers.of_group(group) if q.name.startswith("Liger"))
+        loss = functools.partial(peers.liger_linear, compiled=False)
+        found.append(dataclasses.replace(liger, loss=loss))
+    assert {"sppo-kernels native", "sppo-kernels reference", "eager"} <= {q.name for q in found}
+    for q in found:
+        assert core.gate(q.name, q.loss, group, CASE, torch.float32, CPU) < 1e-4, q.name
+
+
+def test_the_table_names_every_peer():
+    names = " ".join(q.name for q in providers.table())
+    for peer in ("TRL", "Liger", "Apple CCE", "F.linear_cross_entropy", "QuACK", "released SPPO"):
+        assert peer in names
+    for group in core.GROUPS:
+        names = [q.name for q in providers.of_group(group)]
+        assert len(names) == len(set(names))
+
+
+def test_peers_that_are_not_installed_become_rows_that_say_so(monkeypatch):
+    """As on a machine with torch alone: no peer is imported, and ours and eager still run."""
+    find = importlib.util.find_spec
+    gone = ("trl", "liger_kernel", "cut_cross_entropy", "quack")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name in gone else find(name, *a)
+    )
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    found = [q for q in providers.of_group("trainable") if q.name != "torch.compile"]
+    rows = core.run_case("trainable", CASE, torch.float32, CPU, 1, memory_too=False, found=found)
+    notes = {r.provider: r.note for r in rows if not r.times}
+    for name, package in (("TRL chunked", "trl"), ("Liger sppo_hard", "liger_kernel"),
+                          ("Apple CCE", "cut_cross_entropy")):  # fmt: skip
+        assert notes[name] == f"cannot run: {package} is not installed"
+    assert notes["F.linear_cross_entropy"].endswith("does not have it")
+    assert {"sppo-kernels native", "eager"} <= {r.provider for r in rows if r.times}
+
+
+def test_softcap_reaches_the_providers_that_have_it():
+    case = CASE._replace(softcap=5.0)
+    for q in quick("trainable"):
+        if q.why_not(case, torch.float32, CPU) is not None:
+            assert "softcap" in q.why_not(case, torch.float32, CPU)
+            continue
+        assert core.gate(q.name, q.loss, "trainable", case, torch.float32, CPU) < 1e-4, q.name
+        with pytest.raises(Refused, match="wrong by"):  # the cap matters to what the gate sees
+            inputs = prepare("trainable", make_inputs("linear", case, torch.float32, CPU))
+            truth = Truth(inputs)
+            inputs.softcap = None
+            core.passes(core.step(q.name, q.loss, inputs, "trainable"), inputs, truth, q.task)
 
 
 @pytest.mark.parametrize("group", ["trainable", "logits", "forward"])
@@ -31,49 +91,145 @@ def test_a_wrong_provider_is_refused(group):
         core.gate("wrong", wrong, group, CASE, torch.float32, CPU)
 
 
-def test_a_wrong_gradient_is_refused():
-    def wrong(inputs):
+def test_wrong_gradients_are_refused():
+    def wrong_weight(inputs):
         loss = providers.ours_linear(inputs, "native")
         return loss + 0.1 * (inputs.weight.sum() - inputs.weight.sum().detach())
 
-    with pytest.raises(Refused, match="wrong by"):
-        core.gate("wrong", wrong, "trainable", CASE, torch.float32, CPU)
+    def wrong_outside(inputs):  # rows that do not count must get zero
+        loss = providers.ours_linear(inputs, "native")
+        extra = inputs.hidden[inputs.labels == IGNORED].sum()
+        return loss + 1e3 * (extra - extra.detach())
+
+    def last_chunk_forgotten(inputs):  # as code would that loses what lies beyond its first chunk
+        labels = inputs.host_labels.clone()
+        labels.view(-1)[-20:] = IGNORED
+        return providers.ours_linear(dataclasses.replace(inputs, host_labels=labels), "native")
+
+    for wrong in (wrong_weight, wrong_outside, last_chunk_forgotten):
+        with pytest.raises(Refused, match="wrong by"):
+            core.gate("wrong", wrong, "trainable", CASE, torch.float32, CPU)
 
 
-def test_nan_is_refused():
+def test_nan_and_missing_gradients_are_refused():
     with pytest.raises(Refused, match="wrong by nan"):
         core.gate(
             "nan", lambda i: providers.ours_linear(i, "native") * float("nan"), "forward", CASE,
             torch.float32, CPU,
         )  # fmt: skip
+    with pytest.raises(Refused, match="a gradient is missing"):
+        core.gate(
+            "none", lambda i: i.hidden.sum() * 0 + providers.ours_linear(
+                dataclasses.replace(i, weight=i.weight.detach()), "native"
+            ), "trainable", CASE, torch.float32, CPU,
+        )  # fmt: skip
 
 
-def test_run_case_gives_times_and_names_what_is_missing(monkeypatch):
+@pytest.mark.parametrize("kind", ["linear", "logits"])
+@pytest.mark.parametrize("task", ["sppo", "on-policy", "hard", "cross-entropy"])
+def test_truth_is_that_of_float64_autograd(kind, task):
+    case = CASE._replace(softcap=6.0 if kind == "linear" else None)
+    inputs = make_inputs(kind, case, torch.float64, CPU, seed=int.from_bytes(os.urandom(3), "big"))
+    z = inputs.logits if kind == "logits" else providers.head(inputs)
+    labels = inputs.labels
+    logp = z.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None]).squeeze(-1)
+    logps = (logp * (labels != IGNORED)).sum(-1)
+    ref, win = inputs.ref.double(), inputs.win.double()
+    if task == "on-policy":
+        ref = logps.detach()
+    if task == "hard":
+        ref, win = torch.zeros(8), torch.tensor([1.0] * 4 + [0.0] * 4)
+    loss = (logps - ref - 1000 * (win - 0.5)).square().mean()
+    if task == "cross-entropy":
+        loss = -logps.sum()
+    loss.backward()
+    truth = Truth(inputs)
+    assert truth.error(loss, task) < 1e-12
+    inputs.leaves()[-1].grad.view(-1)[7] += inputs.leaves()[-1].grad.norm()
+    assert truth.error(loss, task) > 0.5
+
+
+def test_inputs_look_like_life():
+    case = Case(512, 64, 3001)
+    for kind, nats in (("zipf", (0.5, 5.0)), ("flat", (7.0, 9.0))):
+        inputs = make_inputs("linear", case._replace(inputs=kind), torch.float32, CPU)
+        counts = (inputs.labels != IGNORED).sum(-1)
+        assert (inputs.labels[:, :16] == IGNORED).all()  # a quarter is prompt
+        assert counts.max() == 48
+        assert counts.min() >= 24
+        assert len(counts.unique()) > 1
+        assert nats[0] < -Truth(inputs).mean_logp < nats[1]
+        assert torch.equal(
+            inputs.hidden,
+            make_inputs("linear", case._replace(inputs=kind), torch.float32, CPU).hidden,
+        )
+    dense = make_inputs("logits", case._replace(prompt=0.0), torch.float32, CPU)
+    assert dense.count == 512
+    probability = dense.logits.softmax(-1).mean((0, 1)).sort(descending=True).values
+    assert probability[:100].sum() > 0.5  # peaked
+
+
+def test_run_case_gives_times_and_names_what_is_missing():
     def missing(inputs):
         raise ImportError("no module named peer")
 
-    found = core.losses("trainable", CPU)
-    monkeypatch.setattr(
-        core, "losses", lambda group, device: {
-            "sppo-kernels native": found["sppo-kernels native"], "eager": found["eager"],
-            "peer": missing,
-        },
+    def wrong(inputs):
+        return 1.1 * providers.eager_linear(inputs)
+
+    native = next(q for q in quick("trainable") if q.name == "sppo-kernels native")
+    eager = next(q for q in quick("trainable") if q.name == "eager")
+    found = [
+        native, eager, providers.Provider("peer", missing), providers.Provider("bad", wrong),
+        providers.Provider("never", eager.loss, why_not=lambda *_: "it is not for this"),
+    ]  # fmt: skip
+    rows = core.run_case("trainable", CASE, torch.float32, CPU, 3, memory_too=False, found=found)
+    by_name = {r.provider: r for r in rows}
+    assert set(by_name) == {
+        "sppo-kernels native", "eager", "peer", "bad", "never", "bare GEMMs (3)"
+    }  # fmt: skip
+    assert by_name["peer"].note == "cannot run: ImportError: no module named peer"
+    assert by_name["never"].note == "cannot run: it is not for this"
+    assert by_name["bad"].note.startswith("refused: wrong by")
+    for name in ("peer", "bad", "never"):
+        assert by_name[name].times == []
+    for name in ("sppo-kernels native", "eager", "bare GEMMs (3)"):
+        assert len(by_name[name].times) == 3
+    count = int((make_inputs("linear", CASE, torch.float32, CPU).labels != IGNORED).sum())
+    assert by_name["eager"].flops == 2 * count * 16 * 401 * 3
+
+
+def test_a_spent_deadline_makes_rows_that_say_so():
+    rows = core.run_case(
+        "logits", CASE, torch.float32, CPU, 9, memory_too=False, deadline=0.0,
+        found=quick("logits"),
     )  # fmt: skip
-    results = core.run_case("trainable", CASE, torch.float32, CPU, repeats=3, memory=False)
-    by_name = {r.provider: r for r in results}
-    assert set(by_name) == {"sppo-kernels native", "eager", "peer", "bare GEMMs (3)"}
-    assert "cannot run: ImportError: no module named peer" in by_name["peer"].note
-    assert all(len(r.times) == 3 for n, r in by_name.items() if n != "peer")
-    assert by_name["eager"].flops == 2 * 64 * 16 * 401 * 3
-    table = render.markdown(results)
-    assert "no module named peer" in table
-    assert table.count("\n") == 6
+    assert {r.note for r in rows if not r.is_ceiling} == {core.SPENT}
+    assert len(next(r for r in rows if r.is_ceiling).times) == 2  # at least two rounds
+
+
+def test_a_first_call_cannot_outlast_the_deadline():
+    import time
+
+    def endless(inputs):
+        time.sleep(30)
+
+    began = time.monotonic()
+    rows = core.run_case(
+        "forward", CASE, torch.float32, CPU, 2, memory_too=False, deadline=began + 0.2,
+        found=[providers.Provider("endless", endless, ("forward",))],
+    )  # fmt: skip
+    assert time.monotonic() - began < 10
+    assert "more of the time budget than it may" in rows[0].note
 
 
 def test_interleaved_takes_turns():
     order = []
-    harness.interleaved({n: lambda n=n: order.append(n) for n in "ab"}, 3, CPU)
+    calls = {n: lambda n=n: order.append(n) for n in "ab"}
+    harness.interleaved(calls, 3, CPU)
     assert "".join(order) == "ababababab"
+    order.clear()
+    harness.interleaved(calls, {"a": 3, "b": 1}, CPU, warmups=0)
+    assert "".join(order) == "abaa"
 
 
 def test_memory_of_a_known_allocation():
@@ -81,28 +237,76 @@ def test_memory_of_a_known_allocation():
     assert 60 << 20 < peak < 140 << 20
 
 
-def test_json_is_written_whole(tmp_path):
-    path = tmp_path / "results" / "run.json"
-    harness.write_json(path, [Result("g", "c", "float32", "p", [0.2, 0.1, 0.3])], {"commit": "x"})
-    data = json.loads(path.read_text())
-    assert data["results"][0]["median"] == 0.2
-    assert data["commit"] == "x"
-    assert [p.name for p in path.parent.iterdir()] == ["run.json"]
-
-
-def test_environment_names_machine_versions_and_commit():
-    env = harness.environment()
-    assert env["machine"]["cpu"]
-    assert env["versions"]["torch"] == torch.__version__
-    assert env["commit"]
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_in_fresh_processes_counts_what_a_step_holds():
+    """The gradient of 64 MiB of logits takes 64 MiB; in place it takes none; no name, no figure."""
+    case = Case(512, 0, 32768)
+    names = ["sppo-kernels native", "sppo-kernels native, in place", "copy of the logits", "nobody"]
+    found, why = memory.in_fresh_processes(names, "logits", case, "float32")
+    assert set(found) == set(names[:3]), why
+    assert 60 << 20 < found["sppo-kernels native"] < 90 << 20
+    assert found["sppo-kernels native, in place"] < 16 << 20
+    assert 60 << 20 < found["copy of the logits"] < 70 << 20
 
 
 def test_in_place_leaves_the_inputs_of_the_others_alone():
     """Timed in turn with others, it must not hand them its gradient as their logits."""
-    inputs = core.prepare("logits", providers.make_inputs("logits", *CASE, torch.float32, CPU))
+    inputs = prepare("logits", make_inputs("logits", CASE, torch.float32, CPU))
     before = inputs.logits.detach().clone()
     name = "sppo-kernels native, in place"
     run = core.step(name, core.losses("logits", CPU)[name], inputs, "logits")
     run.setup()
     run()
     assert torch.equal(inputs.logits.detach(), before)
+    assert run.inputs.logits.grad is not None
+
+
+def test_bytes_and_flops_are_those_of_the_rows_that_count():
+    inputs = prepare("logits", make_inputs("logits", CASE, torch.bfloat16, CPU))
+    count = int((inputs.labels != IGNORED).sum())
+    assert 0 < count < 64
+    assert providers.counted("logits", inputs) == (None, (2 * count + 64) * 401 * 2)
+    assert providers.counted("logits-forward", inputs) == (None, count * 401 * 2)
+    assert providers.ceiling_counted("logits", inputs) == (None, 2 * 64 * 401 * 2)
+    linear = make_inputs("linear", CASE, torch.bfloat16, CPU)
+    assert providers.counted("frozen", linear) == (2.0 * count * 16 * 401 * 2, None)
+
+
+def test_relative_error_of_the_gate_is_the_testing_modules():
+    inputs = prepare("frozen", make_inputs("linear", CASE, torch.float32, CPU))
+    truth = Truth(inputs)
+    value, by_sequence = truth.loss("sppo")
+    want = torch.zeros(64, 16, dtype=torch.float64)
+    want[truth.counted] = truth.unit_hidden * by_sequence[truth.sequence][:, None]
+    got = want * (1 + 0.01 * torch.randn_like(want))
+    inputs.hidden.grad = got.view_as(inputs.hidden).float()
+    expected = relative_error(inputs.hidden.grad.view(64, 16), want)
+    assert truth.error(value, "sppo") == pytest.approx(expected, rel=1e-6)
+
+
+def test_suites_run(tmp_path):
+    """A few pytest-benchmark cases of every group, so that they cannot rot."""
+    pytest.importorskip("pytest_benchmark")
+    out = tmp_path / "bench.json"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+         f"--benchmark-json={out}", *(f"benchmarks/test_bench_{name}.py" for name in
+         ("logits", "linear", "frozen", "forward", "games", "trainer")),
+         "-k", "(native and zipf and bfloat16) or (eager and linear) or nash or trl"],
+        cwd=ROOT, env=env | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = json.loads(out.read_text())["benchmarks"]
+    names = {b["name"].partition("[")[0] for b in found}
+    assert names == {"test_logits", "test_linear", "test_frozen", "test_forward", "test_nash"}
+    for b in found:
+        if b["name"].startswith("test_linear"):
+            assert b["extra_info"]["error"] <= 3e-2
+            assert b["extra_info"]["flops"] > 0
+
+
+def test_rows_without_times_are_not_measured():
+    row = Row("g", "c", "float32", "p")
+    assert (row.best, row.median, row.spread, row.rate) == (None,) * 4

@@ -281,3 +281,19 @@ def test_metrics_reach_the_log_and_the_eval_loss_is_the_mean_over_responses(gene
     expected = float(((logps - ref - ETA * (win - 0.5)) / ETA).square().mean())
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
     assert json.dumps(metrics)
+
+
+def test_wrappers_that_cast_their_inputs_leave_the_targets_alone():
+    from torch.distributed.utils import _apply_to_tensors  # what FSDP applies to forward's inputs
+
+    from sppo_kernels.trainer.collator import SPPOCollator
+
+    win = [0.1 + 1e-6, 0.9]
+    example = {
+        "prompt_ids": [1, 2], "response_ids": [[3, 4], [5]], "win_rate": win,
+        "ref_logps": [-1000.125, -3.0],
+    }  # fmt: skip
+    batch = SPPOCollator(packed=True)([example])
+    cast = _apply_to_tensors(lambda t: t.bfloat16() if t.is_floating_point() else t, batch)
+    assert cast["sppo"].win_rate.tolist() == torch.tensor(win).tolist()
+    assert cast["sppo"].ref_logps.tolist() == [-1000.125, -3.0]

@@ -7,7 +7,6 @@ predicts nothing and is left out of the input.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ from torch import Tensor
 from sppo_kernels.trainer.packing import PackedLayout
 
 
-@dataclass
 class HostBatch:
     """What the loss needs beside the model's input; stays on the CPU.
+
+    Not a dataclass: wrappers such as FSDP look into dataclasses, move their tensors to the device
+    and cast them to the policy's dtype, which would round win rates and log-probabilities.
 
     Attributes:
         labels: [L] response tokens.
@@ -27,18 +28,27 @@ class HostBatch:
         win_rate: [S]; ref_logps: [S] or None.
         groups: number of responses of each prompt.
         layout: of the packed tokens, None when padded.
+        tokens, padding: tokens given to the model, and those of them that are padding.
     """
 
-    labels: Tensor
-    rows: Tensor
-    cu_seqlens: Tensor
-    win_rate: Tensor
-    ref_logps: Tensor | None
-    groups: list[int]
-    layout: PackedLayout | None = None
-    tokens: int = 0
-    padding: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+    def __init__(
+        self,
+        labels: Tensor,
+        rows: Tensor,
+        cu_seqlens: Tensor,
+        win_rate: Tensor,
+        ref_logps: Tensor | None,
+        groups: list[int],
+    ) -> None:
+        self.labels = labels
+        self.rows = rows
+        self.cu_seqlens = cu_seqlens
+        self.win_rate = win_rate
+        self.ref_logps = ref_logps
+        self.groups = groups
+        self.layout: PackedLayout | None = None
+        self.tokens = 0
+        self.padding = 0
 
 
 class SPPOCollator:

@@ -9,12 +9,14 @@ from sppo_kernels.data import require
 require("transformers")
 from transformers import TrainingArguments  # noqa: E402
 
+from sppo_kernels.trainer.objective import PAIRWISE, pairwise_settings  # noqa: E402
+
 PAIRS = ("all", "best_worst")
 OVERLONG = ("refuse", "drop", "truncate")
 PACKING = ("auto", "shared", "padded")
 HEADS = ("auto", "fused", "logits")
 UNITS = ("win_rate", "log_ratio")
-OBJECTIVES = ("sppo", "dpo")
+OBJECTIVES = tuple(dict.fromkeys(("sppo", *PAIRWISE)))
 
 
 @dataclass
@@ -30,9 +32,30 @@ class SPPOConfig(TrainingArguments):
     )
     objective: str = field(
         default="sppo",
-        metadata={"help": "'sppo', or 'dpo' on the best and worst response, for comparison."},
+        metadata={
+            "help": "'sppo', or a kind of pairwise_loss on the best and worst response: 'dpo', "
+            "'ipo', 'simpo', ... (docs/objectives.md)."
+        },
     )
-    dpo_beta: float = field(default=0.1, metadata={"help": "Beta of the 'dpo' objective."})
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Beta of a pairwise objective (default: 1/eta for 'sppo_hard' and "
+            "'sppo_single', dpo_beta for the others)."
+        },
+    )
+    dpo_beta: float = field(
+        default=0.1, metadata={"help": "Beta of pairwise objectives when beta is not given."}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Of the pairwise objectives that take it."}
+    )
+    objective_settings: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Other numbers of a pairwise objective, as a dict or JSON: '{\"margin\": 0.5}'."
+        },
+    )
     loss_units: str = field(
         default="win_rate",
         metadata={
@@ -102,9 +125,16 @@ class SPPOConfig(TrainingArguments):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
-        if self.objective == "dpo":
-            self.pairs = "best_worst"  # DPO's loss is that of a pair
         if not self.eta > 0:
             raise ValueError(f"eta: expected a number above 0, got {self.eta}")
+        if self.objective != "sppo":
+            self.pairs = "best_worst"  # the loss is that of a pair
+            pairwise_settings(self)
+        else:
+            given = (self.beta, self.label_smoothing or None, self.objective_settings)
+            names = ("beta", "label_smoothing", "objective_settings")
+            for name, value in zip(names, given, strict=True):
+                if value is not None:
+                    raise ValueError(f"{name}: objective='sppo' does not take it (it takes eta)")
         if self.max_length < 2:
             raise ValueError(f"max_length: expected at least 2, got {self.max_length}")

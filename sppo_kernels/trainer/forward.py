@@ -24,6 +24,7 @@ from sppo_kernels.trainer.head import (
     find_head,
     probe_head,
 )
+from sppo_kernels.trainer.objective import pair_objective
 
 logger = logging.getLogger("sppo_kernels")
 
@@ -65,7 +66,7 @@ class LossForward:
         ref = host.ref_logps if host.ref_logps is not None else torch.zeros_like(host.win_rate)
         ref = ref.to(device, non_blocking=True)
         settings = dict(self.settings)
-        beta = settings.pop("dpo_beta", None)
+        pairwise = settings.pop("pairwise", None)
         if self.head is None:
             logits = self.original(input_ids=input_ids, use_cache=False, **kwargs).logits
             logits = logits.flatten(0, 1).index_select(0, host.rows.to(device))
@@ -86,14 +87,12 @@ class LossForward:
             }
             inputs = (hidden, weight, host.labels)
             fused, plain = fused_linear_sppo_loss, linear_sequence_logps
-        if beta is None:
+        if pairwise is None:
             return fused(*inputs, ref, win, host.cu_seqlens, **settings)
         for name in ("eta", "units"):
             settings.pop(name)
         logps = plain(*inputs, host.cu_seqlens, **settings)
-        ratio = (logps - ref).view(-1, 2)  # best and worst of each prompt
-        loss = -torch.nn.functional.logsigmoid(beta * (ratio[:, 0] - ratio[:, 1])).mean()
-        return loss, logps.detach()
+        return pair_objective(logps, ref, host, pairwise), logps.detach()
 
 
 def probe(

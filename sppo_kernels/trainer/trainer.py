@@ -19,6 +19,7 @@ from sppo_kernels.trainer.config import SPPOConfig
 from sppo_kernels.trainer.forward import LossForward, probe
 from sppo_kernels.trainer.head import causal_lm
 from sppo_kernels.trainer.metrics import MetricStore
+from sppo_kernels.trainer.objective import pairwise_settings
 from sppo_kernels.trainer.tokenize import prepare_dataset
 
 logger = logging.getLogger("sppo_kernels")
@@ -119,8 +120,8 @@ class SPPOTrainer(Trainer):
         args = self.args
         settings = {"eta": args.eta, "units": args.loss_units}
         settings |= {"memory_budget": args.memory_budget, "impl": args.impl}
-        if args.objective == "dpo":
-            settings["dpo_beta"] = args.dpo_beta
+        if args.objective != "sppo":
+            settings["pairwise"] = pairwise_settings(args)
         return settings
 
     def release(self) -> None:

@@ -1,0 +1,123 @@
+"""SPPOTrainer with the constructor that axolotl's RL builder calls, and axolotl's own mixins."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import TrainingArguments
+
+from sppo_kernels.data import canonical_row, load_rows
+from sppo_kernels.integrations._swap import IntegrationError, require_module
+from sppo_kernels.integrations.axolotl import TESTED, options_of
+from sppo_kernels.trainer import SPPOConfig, SPPOTrainer
+from sppo_kernels.trainer.tokenize import prompt_token_ids, response_token_ids
+
+_mixins = require_module("axolotl.core.trainers.mixins", TESTED)
+_optimizer = require_module("axolotl.core.trainers.mixins.optimizer", TESTED)
+_arguments = require_module("axolotl.core.training_args_base", TESTED)
+
+__all__ = ["AxolotlSPPOConfig", "AxolotlSPPOTrainer", "prepared_rows"]
+
+
+@dataclasses.dataclass
+class AxolotlSPPOConfig(_arguments.AxolotlTrainingMixins, SPPOConfig):
+    """Axolotl's training arguments and the settings of SPPO."""
+
+
+def converted(args: Any, cfg: Any) -> AxolotlSPPOConfig:
+    """The builder's DPO arguments as ours; what both know by the same name is kept.
+
+    η is `sppo_kernels: {eta: ...}`, else 1/beta, as in TRL's sppo_hard.
+
+    Raises:
+        IntegrationError: `dpo_loss_type` or `dpo_label_smoothing` was set.
+    """
+    if isinstance(args, SPPOConfig):
+        return args
+    for name, allowed in (("loss_type", (["sigmoid"], "sigmoid")), ("label_smoothing", (0, None))):
+        given = getattr(args, name, allowed[0])
+        if given not in allowed:
+            raise IntegrationError(
+                f"dpo_{name}: expected unset where SPPO takes the loss's place, got {given!r}"
+            )
+    names = {f.name for c in (TrainingArguments, _arguments.AxolotlTrainingMixins)
+             for f in dataclasses.fields(c) if f.init}  # fmt: skip
+    known = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name in names}
+    if getattr(args, "max_length", None) is not None:
+        known["max_length"] = args.max_length
+    known["eta"] = 1.0 / args.beta
+    known |= {k: v for k, v in options_of(cfg) if k != "loss" and v is not None}
+    return AxolotlSPPOConfig(**known)
+
+
+def prepared_rows(rows: Any, tokenizer: Any, append_eos: bool) -> list[dict[str, Any]]:
+    """Rows with token ids; a BOS that axolotl's chat template wrote is not doubled."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    found = []
+    for index, row in enumerate(load_rows(rows)):
+        row = dict(canonical_row(row, index))
+        if row.get("prompt_ids") is None:
+            ids = prompt_token_ids(row["prompt"], tokenizer)
+            row["prompt_ids"] = ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+        if row.get("response_ids") is None:
+            texts = row["responses"]
+            row["response_ids"] = [response_token_ids(t, tokenizer, append_eos) for t in texts]
+        found.append(row)
+    return found
+
+
+class AxolotlSPPOTrainer(
+    _mixins.RngLoaderMixin,
+    _mixins.SchedulerMixin,
+    _mixins.OptimizerMixin,
+    _optimizer.OptimizerInitMixin,
+    SPPOTrainer,
+):
+    """`SPPOTrainer` as axolotl's `HFRLTrainerBuilder` makes it.
+
+    Args:
+        model, ref_model: positional, as the builder passes them for `rl: dpo`.
+        args: axolotl's DPO arguments; see `converted`.
+        train_dataset, eval_dataset: rows with prompt, chosen, rejected (and chosen_probs_win,
+            chosen_probs_lose), or K responses; as in `SPPOTrainer`.
+
+    Raises:
+        IntegrationError: a collator was given (`pad_to_multiple_of`), which SPPO's batches replace.
+    """
+
+    tag_names = ("axolotl", "sppo")
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        *,
+        args: Any,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        data_collator: Any = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if data_collator is not None:
+            raise IntegrationError(
+                "pad_to_multiple_of: expected unset, since SPPO has batches of its own, got a "
+                f"{type(data_collator).__name__}"
+            )
+        base = require_module("axolotl.integrations.base", TESTED)
+        settings = converted(args, base.PluginManager.get_instance().cfg)
+        rows = [
+            None if data is None else prepared_rows(data, processing_class, settings.append_eos)
+            for data in (train_dataset, eval_dataset)
+        ]
+        super().__init__(
+            model,
+            settings,
+            *rows,
+            processing_class,
+            ref_model=ref_model,
+            peft_config=peft_config,
+            **kwargs,
+        )

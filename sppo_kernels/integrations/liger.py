@@ -1,0 +1,307 @@
+"""Liger's fused DPO loss, with the same call and numbers, on the three-GEMM head.
+
+    from sppo_kernels.integrations.liger import LigerFusedLinearDPOLoss   # instead of liger's
+
+or, for code that already imports Liger's class (its instances too),
+
+    from sppo_kernels.integrations import liger; liger.patch()
+
+Written against liger-kernel 0.8's `chunked_loss.dpo_loss`. Beyond it: `loss_type="sppo"` with
+`win_rate` in the call, and `memory_budget`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sppo_kernels import _validate
+from sppo_kernels.linear_logps import linear_sequence_logps
+from sppo_kernels.loss import fused_linear_sppo_loss
+from sppo_kernels.pairwise import checked_settings, find_kind, pairwise_loss
+
+__all__ = ["LigerFusedLinearDPOLoss", "patch", "patched", "unpatch"]
+
+# Liger's names that are ours too, and ours beyond them
+LIGER_TYPES = (
+    "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero",
+    "apo_down", "discopop",
+)  # fmt: skip
+LOSS_TYPES = (*LIGER_TYPES, "sppo")
+_INIT = (
+    "ignore_index", "beta", "alpha", "compute_nll_loss", "compiled", "use_ref_model",
+    "average_log_prob", "chunk_size", "loss_type", "label_smoothing", "discopop_tau",
+)  # fmt: skip
+_CALL = ("lin_weight", "_input", "target", "bias", "ref_input", "ref_weight", "ref_bias")
+
+
+class LigerFusedLinearDPOLoss(torch.nn.Module):
+    """Drop-in for `liger_kernel.chunked_loss.LigerFusedLinearDPOLoss`.
+
+    Args:
+        ignore_index: label of positions that do not count.
+        beta: β of the loss; for SPPO 1/η.
+        alpha: weight of the chosen responses' negative log-likelihood.
+        compute_nll_loss: whether that term is added.
+        compiled, chunk_size: taken for Liger's sake; they change no number here. Memory is
+            bounded by `memory_budget` instead of by pairs.
+        use_ref_model: whether the call's reference is used; without, its log-probs count as 0 and
+            what is given of it is ignored, as in Liger.
+        average_log_prob: log-probs a token instead of sums. A response without a token then
+            gives NaN, as in Liger.
+        loss_type: Liger's names, or "sppo" with win rates (half of "sppo_hard" for rates 1 and 0,
+            as in the released code).
+        label_smoothing, discopop_tau: of the types that take them; others ignore them, as Liger.
+        memory_budget: bytes that may be held for logits; see `linear_sequence_logps`, and for the
+            SPPO types `fused_linear_sppo_loss`, whose groups under a budget cost no further GEMM.
+            None is their default, which may hold N·V elements where Liger holds a chunk's.
+        impl: "auto", "reference", "triton" or "native".
+
+    Raises:
+        ValueError: an unknown loss_type, or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        compute_nll_loss: bool = False,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        discopop_tau: float = 0.05,
+        *,
+        memory_budget: int | None = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.beta = beta
+        self.alpha = alpha
+        self.compute_nll_loss = compute_nll_loss
+        self.compiled = compiled
+        self.use_ref_model = use_ref_model
+        self.average_log_prob = average_log_prob
+        self.chunk_size = chunk_size
+        self.loss_type = _validate.choice("loss_type", loss_type, LOSS_TYPES)
+        self.label_smoothing = label_smoothing
+        self.discopop_tau = discopop_tau
+        self.memory_budget = memory_budget
+        self.impl = impl
+        _settings(self)
+
+    def extra_repr(self) -> str:
+        return f"loss_type={self.loss_type!r}, beta={self.beta!r}"
+
+    def forward(
+        self,
+        lin_weight: Tensor,
+        _input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        win_rate: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Loss of a batch whose first half is chosen and whose second half is rejected.
+
+        Args:
+            lin_weight: [V, D] the head; bias [V] or None.
+            _input: [2P, T, D] hidden states.
+            target: [2P, T], the token each position predicts (already shifted).
+            ref_input: [2P, T, D'], ref_weight [V, D'], ref_bias [V]: of the reference, which gets
+                no gradient.
+            win_rate: [2P] win rates in [0, 1], for loss_type "sppo".
+
+        Returns:
+            (loss, (chosen_logps [P], rejected_logps [P], chosen_logits_mean [],
+            rejected_logits_mean [], nll_loss [], chosen_rewards [P], rejected_rewards [P])), all
+            float32. The loss differentiates with respect to lin_weight, _input and bias; means of
+            logits are over all positions, ignored ones included, as Liger's are.
+
+        Raises:
+            ValueError: an odd batch; the reference missing; win rates missing or superfluous;
+                else as `linear_sequence_logps` and `pairwise_loss`.
+        """
+        return _forward(
+            self, lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias, win_rate
+        )
+
+
+def _settings(module: Any) -> dict[str, float]:
+    """Numbers of the module that its loss type takes, checked."""
+    objective = find_kind(module.loss_type)
+    given = {
+        "beta": module.beta,
+        "label_smoothing": module.label_smoothing,
+        "tau": module.discopop_tau,
+    }
+    if module.loss_type == "sigmoid":
+        given["label_smoothing"] = None  # Liger's sigmoid has none
+    return checked_settings(objective, {k: v for k, v in given.items() if k in objective.settings})
+
+
+def _forward(
+    module: Any,
+    lin_weight: Tensor,
+    _input: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ref_input: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    win_rate: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The call, on the settings of our module or of Liger's own."""
+    _check_call(module, _input, target, ref_input, ref_weight, win_rate)
+    settings = _settings(module)
+    head = {
+        "ignore_index": module.ignore_index,
+        "memory_budget": getattr(module, "memory_budget", None),
+        "impl": getattr(module, "impl", "auto"),
+    }
+    pairs = target.shape[0] // 2
+    tokens = (target != module.ignore_index).sum(-1)
+    with torch.no_grad():
+        if module.use_ref_model:
+            ref = linear_sequence_logps(ref_input, ref_weight, target, bias=ref_bias, **head)
+        else:
+            ref = torch.zeros(2 * pairs, device=_input.device)
+        if module.average_log_prob:
+            ref = ref / tokens
+    hard = module.loss_type == "sppo_hard"
+    sppo = hard or module.loss_type == "sppo"
+    if sppo and not (module.average_log_prob or module.compute_nll_loss):
+        # the loss inside the op: with a budget, groups of sequences still cost three GEMMs
+        win = win_rate
+        if hard:
+            win = torch.arange(2 * pairs, device=_input.device) < pairs
+        loss, logps = fused_linear_sppo_loss(
+            _input, lin_weight, target, ref, win.float(), bias=bias, eta=1.0 / settings["beta"],
+            **head,
+        )  # fmt: skip
+        loss = 2.0 * loss if hard else loss
+        nll = torch.zeros((), device=_input.device)
+    else:
+        sums = linear_sequence_logps(_input, lin_weight, target, bias=bias, **head)
+        logps = sums / tokens if module.average_log_prob else sums
+        wins = {}
+        if module.loss_type == "sppo":
+            wins = {"chosen_win": win_rate[:pairs], "rejected_win": win_rate[pairs:]}
+        loss = pairwise_loss(
+            *logps.chunk(2), *ref.chunk(2), kind=module.loss_type, **settings, **wins
+        )
+        nll = torch.zeros((), device=_input.device)
+        if module.compute_nll_loss:
+            nll = -sums[:pairs].sum() / tokens[:pairs].sum()
+            loss = loss + module.alpha * nll
+    logps = logps.detach()
+    rewards = settings["beta"] * (logps - ref)
+    means = _mean_logits(lin_weight, _input, bias)
+    return loss, (*logps.chunk(2), *means, nll.detach(), *rewards.chunk(2))
+
+
+def _check_call(
+    module: Any,
+    _input: Tensor,
+    target: Tensor,
+    ref_input: Tensor | None,
+    ref_weight: Tensor | None,
+    win_rate: Tensor | None,
+) -> None:
+    _validate.floating("_input", _input, 3)
+    _validate.shape("target", _validate.integers("target", target), _input.shape[:2], "of _input")
+    if target.shape[0] == 0 or target.shape[0] % 2:
+        raise ValueError(
+            "target: expected chosen responses and as many rejected ones after them, got "
+            f"{target.shape[0]} rows"
+        )
+    if module.use_ref_model:
+        for name, value in {"ref_input": ref_input, "ref_weight": ref_weight}.items():
+            if value is None:
+                raise ValueError(f"{name}: expected a tensor with use_ref_model=True, got None")
+    if (win_rate is not None) != (module.loss_type == "sppo"):
+        wanted = "needed for" if win_rate is None else "taken only by"
+        raise ValueError(f"win_rate: {wanted} loss_type='sppo', and this is {module.loss_type!r}")
+    if win_rate is not None:
+        _validate.shape(
+            "win_rate", _validate.floating("win_rate", win_rate), target.shape[:1], "of the batch"
+        )
+
+
+@torch.no_grad()
+def _mean_logits(weight: Tensor, hidden: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean logit of the chosen and of the rejected half, without logits.
+
+    Σ_iv (h_i·w_v + b_v) = (Σ_i h_i)·(Σ_v w_v) + N Σ_v b_v: N·D + V·D operations.
+    """
+    vocab = weight.shape[0]
+    total = weight.sum(0, dtype=torch.float32)
+    shift = 0.0 if bias is None else bias.float().mean()
+    return tuple(
+        half.sum((0, 1), dtype=torch.float32) @ total / (half.shape[0] * half.shape[1] * vocab)
+        + shift
+        for half in hidden.chunk(2)
+    )
+
+
+# --- switching Liger's own class ------------------------------------------------------------------
+
+_original: tuple[Any, Any] | None = None  # its forward and its supported types, while patched
+
+
+def patch() -> None:
+    """Give Liger's `LigerFusedLinearDPOLoss` this forward, wherever it was imported; idempotent.
+
+    Raises:
+        ImportError: liger-kernel is not installed.
+        RuntimeError: its constructor or call is not the one this was written against.
+    """
+    global _original
+    if _original is not None:
+        return
+    from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOLoss as theirs
+
+    for function, expected in ((theirs.__init__, _INIT), (theirs.forward, _CALL)):
+        found = tuple(inspect.signature(function).parameters)[1:]
+        if found != expected:
+            raise RuntimeError(
+                f"liger-kernel: this version is not supported: expected {function.__qualname__} "
+                f"of 0.8, with {expected}, got {found}"
+            )
+    _original = theirs.forward, theirs._SUPPORTED_LOSS_TYPES
+    theirs.forward = _forward
+    theirs._SUPPORTED_LOSS_TYPES = {*theirs._SUPPORTED_LOSS_TYPES, "sppo"}
+
+
+def unpatch() -> None:
+    """Put Liger's own objects back; does nothing when they are there."""
+    global _original
+    if _original is None:
+        return
+    from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOLoss as theirs
+
+    theirs.forward, theirs._SUPPORTED_LOSS_TYPES = _original
+    _original = None
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """`patch()` for the duration of a `with` block."""
+    before = _original is not None
+    patch()
+    try:
+        yield
+    finally:
+        if not before:
+            unpatch()

@@ -1,0 +1,289 @@
+"""LLaMA-Factory: its DPO stage with log-probs from hidden states, and with the SPPO loss.
+
+    import sppo_kernels.integrations.llamafactory as sppo_llamafactory
+    sppo_llamafactory.patch(loss="sppo", eta=1000.0)
+
+or `python -m sppo_kernels.integrations.llamafactory train.yaml` (also under torchrun) instead of
+`llamafactory-cli train train.yaml`, whose own torchrun would start unpatched processes.
+
+Follows LLaMA-Factory 0.9.5: llamafactory/train/dpo/trainer.py, train/trainer_utils.py,
+data/{converter,collator}.py, data/processor/pairwise.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import sppo_kernels as sk
+from sppo_kernels import _validate
+from sppo_kernels.integrations._capture import forget_heads, fused_head
+from sppo_kernels.integrations._swap import (
+    Installed,
+    IntegrationError,
+    Swap,
+    check_parameters,
+    require_module,
+    version_of,
+)
+
+__all__ = ["batch_logps", "patch", "patched", "trainer_class", "unpatch"]
+
+TESTED = "LLaMA-Factory 0.9.5"
+IGNORED = -100
+COLUMNS = ("chosen_probs_win", "chosen_probs_lose")
+AVERAGED = ("ipo", "orpo", "simpo")
+_installed = Installed("llamafactory")
+
+
+def batch_logps(
+    token_logps: Tensor, labels: Tensor, ld_alpha: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """What LLaMA-Factory's `get_batch_logps` returns, from log-probs of the shifted labels.
+
+    Args:
+        token_logps: [B, T], 0 where ignored; labels: [B, T], shifted already, −100 to ignore.
+        ld_alpha: weight of the tokens beyond the shorter response's length (LD-DPO,
+            arXiv 2409.06411); rows are chosen responses, then as many rejected. None for 1.
+
+    Returns:
+        Sums of log-probabilities [B], in nats, and numbers of tokens [B].
+    """
+    mask = labels != IGNORED
+    lengths = mask.sum(-1)
+    if ld_alpha is None:
+        return token_logps.sum(-1), lengths
+    half = len(labels) // 2
+    shorter = torch.minimum(lengths[:half], lengths[half:]).repeat(2)
+    end = mask.int().argmax(1) + shorter
+    inside = torch.arange(labels.shape[1], device=labels.device) < end[:, None]
+    weights = torch.where(inside, 1.0, ld_alpha)
+    return (token_logps * weights).sum(-1), lengths
+
+
+def trainer_class(
+    base: type, *, loss: str = "dpo", eta: float | None = None, win_rates: str = "hard"
+) -> type:
+    """A subclass of LLaMA-Factory's `CustomDPOTrainer` that never holds logits.
+
+    Args:
+        base: CustomDPOTrainer. loss, eta, win_rates: as in `patch`.
+    """
+
+    class SPPOCustomDPOTrainer(base):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if loss != "sppo":
+                return
+            if not self.finetuning_args.use_ref_model or self.loss_type != "sigmoid":
+                raise IntegrationError(
+                    "pref_loss: expected LLaMA-Factory's default 'sigmoid' where sppo takes its "
+                    f"place, got {self.loss_type!r}"
+                )
+            if self.bco_gemma > 1e-6:
+                raise IntegrationError(f"pref_bco_weight: expected 0, got {self.bco_gemma}")
+
+        def concatenated_forward(
+            self, model: Any, batch: dict[str, Tensor], is_ref_model: bool = False
+        ) -> dict[str, Tensor]:
+            """Log-probs of chosen and rejected responses; the "logits" are means over V, [B, T]."""
+            batch = {k: v for k, v in batch.items() if k not in ("labels", "win_rates")} | {
+                "labels": batch["labels"]
+            }
+            labels = functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+            with fused_head(model, labels, mean_logits=True) as got:
+                model(**batch, return_dict=True, use_cache=False)
+            logps, lengths = batch_logps(
+                got["logps"], labels, None if is_ref_model else self.ld_alpha
+            )
+            if self.loss_type in AVERAGED:
+                logps = logps / lengths
+            half = len(labels) // 2
+            average = logps if self.loss_type in AVERAGED else logps / lengths
+            return {
+                "chosen_logps": logps[:half],
+                "rejected_logps": logps[half:],
+                "chosen_logits": got["mean_logits"][:half],
+                "rejected_logits": got["mean_logits"][half:],
+                "chosen_logps_avg": average[:half],
+            }
+
+        def get_batch_loss_metrics(self, model: Any, batch: dict, train_eval: str = "train") -> Any:
+            self._win_rates = batch.get("win_rates")
+            return super().get_batch_loss_metrics(model, batch, train_eval)
+
+        def compute_preference_loss(
+            self,
+            policy_chosen_logps: Tensor,
+            policy_rejected_logps: Tensor,
+            reference_chosen_logps: Tensor | None,
+            reference_rejected_logps: Tensor | None,
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            """SPPO's losses of the pairs [B] and the rewards; other losses are the base's."""
+            policy = (policy_chosen_logps, policy_rejected_logps)
+            ref = (reference_chosen_logps, reference_rejected_logps)
+            if loss != "sppo":
+                return super().compute_preference_loss(*policy, *ref)
+            step = {"beta": self.beta if eta is None else 1.0 / eta, "reduction": "none"}
+            if win_rates == "hard":
+                losses = sk.pairwise_loss(*policy, *ref, kind="sppo_hard", **step)
+            elif self._win_rates is None:
+                raise IntegrationError(_no_rates())
+            else:
+                win, lose = self._win_rates.to(policy[0].device).chunk(2)
+                rates = {"chosen_win": win, "rejected_win": lose}
+                losses = sk.pairwise_loss(*policy, *ref, kind="sppo", **rates, **step)
+            rewards = (self.beta * (p - r).detach() for p, r in zip(policy, ref, strict=True))
+            return losses, *rewards
+
+    SPPOCustomDPOTrainer.__name__ = SPPOCustomDPOTrainer.__qualname__ = base.__name__
+    return SPPOCustomDPOTrainer
+
+
+def _no_rates() -> str:
+    return (
+        f"win_rates='columns': expected the columns {COLUMNS[0]} and {COLUMNS[1]} in the data set, "
+        "found none; a data set cached before patch() needs overwrite_cache: true"
+    )
+
+
+def _converter(original: Any) -> Any:
+    def __call__(self: Any, example: dict[str, Any]) -> dict[str, Any]:
+        if any(example.get(name) is None for name in COLUMNS):
+            raise IntegrationError(_no_rates())
+        output = original(self, example)
+        output["_win_rates"] = [float(example[name]) for name in COLUMNS]
+        return output
+
+    return __call__
+
+
+def _processor(original: Any) -> Any:
+    def preprocess_dataset(self: Any, examples: dict[str, list]) -> dict[str, list]:
+        if "_win_rates" not in examples:
+            raise IntegrationError(_no_rates())
+        gathered: dict[str, list] = defaultdict(list)
+        for i, rates in enumerate(examples["_win_rates"]):
+            # one at a time, so that examples which the processor drops take their rates along
+            output = original(self, {k: v[i : i + 1] for k, v in examples.items()})
+            for key, values in output.items():
+                gathered[key].extend(values)
+            if len(gathered["chosen_input_ids"]) > len(gathered["win_rates"]):
+                gathered["win_rates"].append(rates)
+        return gathered
+
+    return preprocess_dataset
+
+
+def _collator(original: Any) -> Any:
+    def __call__(self: Any, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        if any("win_rates" not in f for f in features):
+            raise IntegrationError(_no_rates())
+        batch = original(self, features)
+        batch["win_rates"] = torch.tensor([f["win_rates"][k] for k in (0, 1) for f in features])
+        return batch
+
+    return __call__
+
+
+def _build(loss: str, eta: float | None, win_rates: str) -> Swap:
+    _validate.choice("loss", loss, ("dpo", "sppo"))
+    _validate.choice("win_rates", win_rates, ("hard", "columns"))
+    if eta is not None:
+        _validate.positive("eta", eta)
+    require_module("llamafactory", TESTED)
+    swap = Swap("llamafactory")
+    trainer = require_module("llamafactory.train.dpo.trainer", TESTED)
+    base = getattr(trainer, "CustomDPOTrainer", None)
+    logps = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps")
+    for name, parameters in (
+        ("concatenated_forward", ("self", "model", "batch", "is_ref_model")),
+        ("compute_preference_loss", ("self", *logps, "reference_rejected_logps")),
+        ("get_batch_loss_metrics", ("self", "model", "batch", "train_eval")),
+    ):
+        check_parameters(base, name, parameters, "llamafactory", TESTED)
+    ours = trainer_class(base, loss=loss, eta=eta, win_rates=win_rates)
+    swap.add_everywhere("CustomDPOTrainer", base, ours)
+    if loss == "sppo" and win_rates == "columns":
+        converter = require_module("llamafactory.data.converter", TESTED)
+        pairwise = require_module("llamafactory.data.processor.pairwise", TESTED)
+        collator = require_module("llamafactory.data.collator", TESTED)
+        classes = getattr(converter, "DATASET_CONVERTERS", None)
+        if not isinstance(classes, dict):
+            raise IntegrationError(
+                f"llamafactory {version_of('llamafactory')}: expected DATASET_CONVERTERS, a dict, "
+                f"in llamafactory.data.converter (as in {TESTED}), found {classes!r}"
+            )
+        for cls in set(classes.values()):
+            call = check_parameters(cls, "__call__", ("self", "example"), "llamafactory", TESTED)
+            swap.add(cls, "__call__", _converter(call))
+        cls, name = pairwise.PairwiseDatasetProcessor, "preprocess_dataset"
+        method = check_parameters(cls, name, ("self", "examples"), "llamafactory", TESTED)
+        swap.add(cls, name, _processor(method))
+        cls = collator.PairwiseDataCollatorWithPadding
+        call = check_parameters(cls, "__call__", ("self", "features"), "llamafactory", TESTED)
+        swap.add(cls, "__call__", _collator(call))
+    return swap
+
+
+def patch(*, loss: str = "dpo", eta: float | None = None, win_rates: str = "hard") -> None:
+    """Make LLaMA-Factory's DPO stage (`stage: dpo`) compute log-probs from hidden states.
+
+    Args:
+        loss: "dpo" keeps the loss that `pref_loss` names; "sppo" takes its place.
+        eta: η; None for 1/pref_beta.
+        win_rates: "hard": `sk.pairwise_loss` of kind "sppo_hard" (as TRL); "columns": of kind
+            "sppo" (arXiv 2405.00675, eq. (4.4)) with the win rates of the data set's columns
+            chosen_probs_win and chosen_probs_lose, the released SPPO layout.
+
+    Raises:
+        ImportError: llamafactory is not installed. IntegrationError: it is laid out otherwise than
+            in the version tested, or patched already; nothing is changed then.
+    """
+    _installed.install(lambda: _build(loss, eta, win_rates))
+
+
+def unpatch() -> None:
+    """Put LLaMA-Factory's own objects back.
+
+    Raises:
+        IntegrationError: it is not patched, or another patch lies on top of ours.
+    """
+    _installed.uninstall()
+    forget_heads()
+
+
+@contextlib.contextmanager
+def patched(**options: Any) -> Iterator[None]:
+    """`patch(**options)` for the block."""
+    patch(**options)
+    try:
+        yield
+    finally:
+        unpatch()
+
+
+def main() -> None:
+    """Train as LLaMA-Factory does, patched; its own arguments follow ours."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--sppo-loss", choices=("dpo", "sppo"), default="sppo")
+    parser.add_argument("--sppo-eta", type=float, default=None, help="default: 1/pref_beta")
+    parser.add_argument("--sppo-win-rates", choices=("hard", "columns"), default="hard")
+    ours, rest = parser.parse_known_args()
+    patch(loss=ours.sppo_loss, eta=ours.sppo_eta, win_rates=ours.sppo_win_rates)
+    sys.argv = [sys.argv[0], *rest]
+    from llamafactory.train.tuner import run_exp
+
+    run_exp()
+
+
+if __name__ == "__main__":
+    main()
