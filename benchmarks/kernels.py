@@ -1,8 +1,9 @@
-"""What the compiler makes of every Triton kernel: `python -m benchmarks.kernels`.
+"""What the compilers make of every Triton and CUDA kernel: `python -m benchmarks.kernels`.
 
 Compiles the production configurations for sm_80, sm_90 and sm_100 ahead of time, without a GPU,
 reads registers, spills, shared memory and instructions from the cubins, and derives from counted
-bytes and instructions how long a kernel should take on an H200. Nothing is run.
+bytes and instructions how long a kernel should take on an H200. Nothing is run. A new Triton kernel
+is one entry in `cases` (and its module in `_MODULES`); CUDA kernels are found by themselves.
 """
 
 from __future__ import annotations
@@ -10,22 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
+from benchmarks.kernel_report import cuda, occupancy, sass
+
 TARGETS = (80, 90, 100)
-N_ROWS, N_COLS, N_COLS_ODD = 8192, 128256, 128257
-# H200: SMs, sustained clock (Hz), instruction lanes an SM and cycle, copy bandwidth seen (bytes/s).
-H200_SMS, H200_CLOCK, H200_LANES, H200_BANDWIDTH = 132, 1.755e9, 128, (4.3e12, 4.8e12)
-L2_BYTES = 50e6
-SM_REGISTERS, SM_WARPS, SM_CTAS = 65536, 64, 32
+N_COLS, N_COLS_ODD = 128256, 128257
 MAX_SHARED = 99 * 1024  # what a program may use on every GPU from sm_80 on
 
 _MODULES = ("token_logps", "token_logps_backward", "segments", "sppo", "row_logps")
@@ -74,11 +69,14 @@ class Report:
     ex2: int
     instructions: int
     warps_per_sm: int
-    per_element: float | None = None
-    gigabytes: float | None = None
-    memory_ms: tuple[float, float] | None = None
-    issue_ms: float | None = None
-    bound: str | None = None
+    limit: str = ""  # what keeps more warps off an SM
+    loads: dict[int, int] = field(default_factory=dict)  # bits of an access -> instructions
+    stores: dict[int, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
+    sweep: dict[str, int] = field(default_factory=dict)  # instructions of the loops, a thread
+    elements: int = 0  # of a row, that a thread takes with them
+    passes: float = 0
+    itemsize: int = 2
 
 
 def cases() -> list[Case]:
@@ -112,6 +110,8 @@ def cases() -> list[Case]:
             variants += [
                 (f"rows, values ({tag})", {**plain, "WRITE_GRAD": False}, 1),
                 (f"rows, gradient, bias, scale, cap ({tag})", {**plain, **every}, 2),
+                (f"rows, gradient, cap ({tag})", {**plain, "CAP": True}, 2),
+                (f"rows, values, cap ({tag})", {**plain, "CAP": True, "WRITE_GRAD": False}, 1),
             ]
         for label, constexprs, passes in variants:
             found.append(
@@ -192,8 +192,8 @@ def _kernel(name: str):
     raise LookupError(f"no kernel is named {name!r}")
 
 
-def compile_case(case: Case, target: int) -> bytes:
-    """The cubin of a case; pointers are known to be 16-byte aligned, integers are not special."""
+def compile_case(case: Case, target: int) -> tuple[bytes, int]:
+    """Cubin and shared bytes of a case; pointers are 16-byte aligned, integers not special."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -213,84 +213,62 @@ def compile_case(case: Case, target: int) -> bytes:
         target=GPUTarget("cuda", target, 32),
         options={"num_warps": case.num_warps},
     )
-    return compiled.asm["cubin"]
+    return compiled.asm["cubin"], compiled.metadata.shared
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and SASS, from the tools that Triton ships."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        run = {"capture_output": True, "text": True, "check": True}
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", path], **run).stdout
-        sass = subprocess.run([tools / "nvdisasm", "-c", path], **run).stdout
-    return usage, sass
-
-
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
-
-
-def _sweep_instructions(sass: str) -> int:
-    """Instructions of the loops that take exponentials; of everything when there is none."""
-    opcodes, labels, loops = [], {}, []
-    for line in sass.splitlines():
-        label = re.match(r"^(\.L_x_\d+):", line)
-        if label:
-            labels[label[1]] = len(opcodes)
-        found = _INSTRUCTION.match(line)
-        if not found:
-            continue
-        opcodes.append(found[1])
-        jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        if jump and jump[1] in labels:
-            body = opcodes[labels[jump[1]] :]
-            if "MUFU.EX2" in body:
-                loops.append(len(body))
-    return sum(loops) or len([op for op in opcodes if op != "NOP"])
+def describe(code: sass.Code, target: int, num_warps: int, shared: int) -> dict:
+    """The fields of a Report that a cubin alone tells."""
+    held = occupancy.bound(target, num_warps, code.registers, shared)
+    return {
+        "target": target,
+        "num_warps": num_warps,
+        "registers": code.registers,
+        "stack": code.stack,
+        "local_ops": code.count(r"LDL|STL"),
+        "shared": shared,
+        "loads_128": code.count(r"LDG\S*\.128"),
+        "stores_128": code.count(r"STG\S*\.128"),
+        "ex2": code.count(r"MUFU\.EX2"),
+        "instructions": sum(code.counts().values()),
+        "warps_per_sm": held.warps,
+        "limit": held.limit,
+        "loads": sass.widths(code, "LDG"),
+        "stores": sass.widths(code, "STG"),
+        "noted": {name: code.count(pattern) for name, pattern in sass.NOTED.items()},
+    }
 
 
 def inspect(case: Case, target: int) -> Report:
     """Compile a case and read its cubin."""
-    usage, sass = _disassemble(compile_case(case, target))
-    ops = Counter(m[1] for m in map(_INSTRUCTION.match, sass.splitlines()) if m)
-
-    def count(pattern: str) -> int:
-        return sum(n for op, n in ops.items() if re.match(pattern, op))
-
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
-    per_warp = -(-used["REG"] * 32 // 256) * 256
-    ctas = min(SM_REGISTERS // (per_warp * case.num_warps), SM_WARPS // case.num_warps, SM_CTAS)
-    report = Report(
+    cubin, shared = compile_case(case, target)
+    (code,) = sass.read(cubin)
+    return Report(
         case=case.label,
         kernel=case.kernel,
         sweeps=case.sweeps,
         writes=case.passes == 2,
-        target=target,
         block=case.constexprs.get("BLOCK", 0),
-        num_warps=case.num_warps,
-        registers=used["REG"],
-        stack=used["STACK"],
-        local_ops=count(r"LDL|STL"),
-        shared=used["SHARED"],
-        loads_128=count(r"LDG\S*\.128"),
-        stores_128=count(r"STG\S*\.128"),
-        ex2=count(r"MUFU\.EX2"),
-        instructions=sum(ops.values()) - ops["NOP"],
-        warps_per_sm=ctas * case.num_warps,
+        sweep=dict(sass.sweep(code)) if case.sweeps else {},
+        elements=case.elements_per_thread if case.sweeps else 0,
+        passes=case.passes,
+        itemsize=4 if case.dtype == "fp32" else 2,
+        **describe(code, target, case.num_warps, max(shared, code.shared)),
     )
-    if case.sweeps:
-        elements = N_ROWS * case.vocab
-        moved = elements * case.passes * (4 if case.dtype == "fp32" else 2)
-        report.per_element = _sweep_instructions(sass) / case.elements_per_thread
-        report.gigabytes = moved / 1e9
-        report.memory_ms = tuple(moved / rate * 1e3 for rate in reversed(H200_BANDWIDTH))
-        issue = elements * report.per_element / (H200_SMS * H200_LANES * H200_CLOCK)
-        report.issue_ms = issue * 1e3
-        report.bound = "issue" if report.issue_ms > report.memory_ms[1] else "memory"
-    return report
+
+
+def inspect_cuda(processes: int = 2, targets: tuple[int, ...] = TARGETS) -> list[Report]:
+    """Compile csrc/cuda and read its cubins; see `cuda.compiled` for errors."""
+    reports = []
+    for target, code in cuda.compiled(targets, processes):
+        kernel, words = cuda.label(code.symbol)
+        if not code.threads:
+            raise ValueError(f"{kernel}: expected __launch_bounds__, which say the threads")
+        told = describe(code, target, code.threads // 32, code.shared)
+        sweep = dict(code.counts()) if kernel == "targets_thread_kernel" else {}
+        reports.append(
+            Report(f"{kernel} ({words})", kernel, False, False, block=0, sweep=sweep, **told)
+        )
+    return reports
 
 
 def _inspect(job: tuple[Case, int]) -> Report:
@@ -304,103 +282,30 @@ def collect(processes: int = 2) -> list[Report]:
         return list(pool.map(_inspect, jobs))
 
 
-HEADER = ["kernel", "sm", "block", "warps", "regs", "spill", "smem B"]
-HEADER += ["LDG.128", "STG.128", "EX2", "instr", "warps/SM"]
-TIMES = ["kernel", "GB moved", "instr/element", "memory ms", "issue ms", "bound by"]
+def main(argv: list[str] | None = None) -> int:
+    from benchmarks.kernel_report import document
 
-
-def _static_rows(reports: list[Report]) -> list[list[str]]:
-    return [
-        [
-            *(r.case, str(r.target), str(r.block or "-"), str(r.num_warps), str(r.registers)),
-            *(str(r.stack + r.local_ops), str(r.shared), str(r.loads_128), str(r.stores_128)),
-            *(str(r.ex2), str(r.instructions), str(r.warps_per_sm)),
-        ]
-        for r in reports
-    ]
-
-
-def _time_rows(reports: list[Report]) -> list[list[str]]:
-    return [
-        [
-            *(r.case, f"{r.gigabytes:.2f}", f"{r.per_element:.1f}"),
-            f"{r.memory_ms[0]:.2f}-{r.memory_ms[1]:.2f}",
-            *(f"{r.issue_ms:.2f}", str(r.bound)),
-        ]
-        for r in reports
-        if r.sweeps and r.target == 90
-    ]
-
-
-def _text_table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = (
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(cells))
-        for cells in (zip(row, widths, strict=True) for row in [header, *rows])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=__doc__.split("\n")[0]
     )
-    return "\n".join(lines)
-
-
-def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
-
-
-def markdown(reports: list[Report]) -> str:
-    """docs/kernels.md."""
-    import triton
-
-    row_bytes = N_COLS * 2
-    return f"""# Triton kernels, as compiled
-
-Written by `python -m benchmarks.kernels --markdown docs/kernels.md`, with Triton
-{triton.__version__}. **Nothing here was run on a GPU**: the first table is read from cubins
-compiled ahead of time, the second is arithmetic on it.
-
-## Compiled for sm_80, sm_90 and sm_100
-
-Each kernel is compiled in the configuration its launcher chooses for N = {N_ROWS}, V = {N_COLS}
-("odd V": {N_COLS_ODD}, rows that start anywhere inside a 16-byte vector). `spill` is the stack in
-bytes plus local loads and stores; LDG.128 and STG.128 are 16-byte global accesses; EX2 counts
-hardware exponentials; all counts are static. `warps/SM` is what registers allow, out of 64.
-
-{_markdown_table(HEADER, _static_rows(reports))}
-
-## Expected on an H200
-
-Bytes are those of the [N, V] array over all passes. `memory ms` is at 4.8 and 4.3 TB/s, the copy
-speeds seen on that GPU; `issue ms` is instructions an element (of the loops that sweep, or of the
-whole program where there is no loop, which counts branches not taken) at {H200_SMS} SMs x
-{H200_LANES} lanes x {H200_CLOCK / 1e9:.3f} GHz. The larger bounds the kernel; where they are
-close, expect less than either alone allows.
-
-{_markdown_table(TIMES, _time_rows(reports))}
-
-The row kernel reads z twice. It counts one read because the second should come from L2: it keeps
-32 warps an SM, so one row of {row_bytes / 1e3:.0f} KB an SM, {row_bytes * H200_SMS / 1e6:.0f} MB
-of the {L2_BYTES / 1e6:.0f} MB of L2. Whether L2 keeps them has to be measured; if it does not, the
-gradient takes half as long again.
-"""
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     parser.add_argument("--markdown", type=Path, help="write docs/kernels.md")
+    parser.add_argument("--triton-only", action="store_true", help="leave csrc/cuda out")
     parser.add_argument("--processes", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: kernels would be interpreted, not compiled")
+    if args.triton_only and args.markdown:
+        parser.error("--markdown: docs/kernels.md has the CUDA kernels too")
     reports = collect(args.processes)
+    of_cuda = [] if args.triton_only else inspect_cuda(args.processes)
     print("Compiled ahead of time; nothing was run on a GPU.\n")
-    print(_text_table(HEADER, _static_rows(reports)))
-    print(f"\nExpected on an H200 at N = {N_ROWS}, V = {N_COLS}:\n")
-    print(_text_table(TIMES, _time_rows(reports)))
+    print(document.text(reports, of_cuda))
     if args.json:
-        args.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+        args.json.write_text(json.dumps([asdict(r) for r in reports + of_cuda], indent=1) + "\n")
     if args.markdown:
         args.markdown.parent.mkdir(parents=True, exist_ok=True)
-        args.markdown.write_text(markdown(reports))
+        args.markdown.write_text(document.markdown(reports, of_cuda))
     return 0
 
 

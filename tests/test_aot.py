@@ -21,7 +21,7 @@ def reports(tmp_path_factory):
     found = tmp_path_factory.mktemp("aot") / "kernels.json"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kernels", "--json", found],
+        [sys.executable, "-m", "benchmarks.kernels", "--triton-only", "--json", found],
         cwd=ROOT,
         env=env,
         capture_output=True,

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 1) thread_kernel(SolverArgs<T> a) {
 }
 
 template <class Solver, int K, class T>
-__global__ void __launch_bounds__(128, 1) shared_kernel(SolverArgs<T> a) {
+__global__ void __launch_bounds__(32 * Block<Solver, K>::kWarps, 1) shared_kernel(SolverArgs<T> a) {
   constexpr int kWarps = Block<Solver, K>::kWarps;
   __shared__ double work[kWarps][Solver::doubles(K)];
   __shared__ int ints[kWarps][Solver::ints(K) + 1];

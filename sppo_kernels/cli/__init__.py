@@ -14,6 +14,7 @@ COMMANDS = {
     "iterate": "rounds of generate, judge and train (self-play); resumable",
     "convert": "to and from the columns of the released SPPO data",
     "demo": "three rounds of self-play of a small model, on CPU in minutes",
+    "tune": "time Triton block sizes on this GPU and keep the best",
     "env": "what is installed and which backend runs",
 }
 

@@ -45,6 +45,10 @@ def lines() -> list[tuple[str, str]]:
     found.append(("impl='auto' on cpu", chosen))
     if torch.cuda.is_available():
         found.append(("impl='auto' on cuda", _backend.resolve("auto", "cuda", torch.bfloat16)))
+    if _backend.triton_error() is None:
+        from sppo_kernels.impl.triton import tables
+
+        found.append(("Triton block table", tables.in_use()))
     return found
 
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+MINUS_2_LOG2_E = tl.constexpr(-2.8853900817779268)
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def tanh_and_slope(x):
     q = q * s - 0.0539334677
     q = q * s + 0.133332253
     q = q * s - 0.333333313
-    e = exp(-2.0 * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * MINUS_2_LOG2_E)
     r = 2.0 * e / (1.0 + e)
     small = s < 0.25
     t = tl.where(small, x + x * (s * q), tl.where(x < 0, r - 1.0, 1.0 - r))

@@ -1,7 +1,8 @@
-"""Block sizes and warps: fixed by dtype and vocabulary size, never tuned at run time.
+"""Block sizes and warps: from a table of tuned blocks (tables.py) where there is one, else fixed.
 
-A timing decides nothing here, so the same input takes the same reduction order on every run. The
-reasons are those of docs/decisions.md; docs/kernels.md lists what the compiler made of them.
+Nothing is timed here: a table is read once, so the same input takes the same reduction order on
+every run of a process and wherever the same table is. The reasons for the fixed blocks are those of
+docs/decisions.md; docs/kernels.md lists what the compiler made of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+
+from sppo_kernels.impl.triton import tables
 
 
 class Block(NamedTuple):
@@ -56,24 +59,40 @@ def _fit(block: Block, n_cols: int, vec: int) -> Block:
     return Block(size, max(1, min(block.num_warps, size // (vec * 32))))
 
 
-def split_block(dtype: torch.dtype, n_cols: int) -> Block:
+def _tuned(
+    kernel: str, dtype: torch.dtype, n_cols: int, device: torch.device | None
+) -> Block | None:
+    """The tuned block of a device, if a table has one."""
+    name = tables.device_name(device)
+    if name is None:
+        return None
+    found = tables.lookup(kernel, str(dtype).removeprefix("torch."), n_cols, name)
+    return None if found is None else _fit(Block(*found), n_cols, vector(dtype))
+
+
+def split_block(dtype: torch.dtype, n_cols: int, device: torch.device | None = None) -> Block:
     """The vocabulary slice of a program of the forward (row x slice) kernel."""
     if "split" in _overrides:
         return _overrides["split"]
-    return _fit(_FORWARD[dtype.itemsize], n_cols, vector(dtype))
+    tuned = _tuned("split", dtype, n_cols, device)
+    return tuned or _fit(_FORWARD[dtype.itemsize], n_cols, vector(dtype))
 
 
-def backward_block(dtype: torch.dtype, n_cols: int) -> Block:
+def backward_block(dtype: torch.dtype, n_cols: int, device: torch.device | None = None) -> Block:
     """The vocabulary slice of a program of the backward (row x slice) kernel."""
     if "split" in _overrides:
         return _overrides["split"]
-    return _fit(_BACKWARD[dtype.itemsize], n_cols, vector(dtype))
+    tuned = _tuned("backward", dtype, n_cols, device)
+    return tuned or _fit(_BACKWARD[dtype.itemsize], n_cols, vector(dtype))
 
 
-def row_block(dtype: torch.dtype, n_cols: int) -> Block:
+def row_block(dtype: torch.dtype, n_cols: int, device: torch.device | None = None) -> Block:
     """The tile with which a program sweeps one row."""
     if "row" in _overrides:
         return _overrides["row"]
+    tuned = _tuned("row", dtype, n_cols, device)
+    if tuned is not None:
+        return tuned
     row_bytes = n_cols * dtype.itemsize
     warps = next((w for limit, w in _ROW_WARPS if row_bytes <= limit), _ROW_WARPS_MAX)
     vec = vector(dtype)
@@ -100,7 +119,7 @@ def finalize_block() -> Block:
 
 @contextmanager
 def overridden(**blocks: Block) -> Iterator[None]:
-    """Other blocks ("split", "row", "segment", "finalize") inside the context; for tests."""
+    """Other blocks ("split", "row", "segment", "finalize") in the context: tests, tuning."""
     saved = dict(_overrides)
     _overrides.update(blocks)
     try:

@@ -103,11 +103,16 @@ def row_kernel(
             pos = positions(group, GROUPS, VEC) - lo
             mask = whole_groups(group, lo, hi, GROUPS, VEC)
             u, _ = _logits(tile, bias, pos, mask, scale, cap, inv_cap, BIAS, SCALE, CAP)
+            m_tile = tl.max(u, axis=1)
             if SCALE or CAP:  # neither keeps -inf outside the row
-                u = tl.where(mask, u, float("-inf"))
-            m_new = tl.maximum(m, tl.max(u, axis=1))
+                inside = tl.reshape(mask, (GROUPS,))
+                m_tile = tl.where(inside, m_tile, float("-inf"))
+            m_new = tl.maximum(m, m_tile)
             shift = finite_max(m_new)
-            l_sum = l_sum * exp(m - shift) + tl.sum(exp(u - shift[:, None]), axis=1)
+            l_tile = tl.sum(exp(u - shift[:, None]), axis=1)
+            if SCALE or CAP:
+                l_tile = tl.where(inside, l_tile, 0.0)
+            l_sum = l_sum * exp(m - shift) + l_tile
             m = m_new
         m_row = tl.max(m, axis=0)
         if EDGES:
@@ -143,7 +148,9 @@ def row_kernel(
                 mask = whole_groups(group, lo, hi, GROUPS, VEC)
                 u, slope = _logits(tile, bias, pos, mask, scale, cap, inv_cap, BIAS, SCALE, CAP)
                 dz = exp((u - m_row) - log_l) * slope
-                dz = tl.where(positions(group, GROUPS, VEC) == at_label, dz_y, dz)
+                at_tile = at_label - group * VEC
+                if (at_tile >= 0) & (at_tile < BLOCK):  # one tile of a row pays for the label
+                    dz = tl.where(positions(0, GROUPS, VEC) == at_tile, dz_y, dz)
                 store_tile(z, dz, group, lo, hi, GROUPS, VEC)
 
 
@@ -182,7 +189,7 @@ def row_logps(
         return logp, lse
     rows = rows_of(z.unsqueeze(0))
     vec = vector_of(z)
-    block = config.row_block(z.dtype, n_cols)
+    block = config.row_block(z.dtype, n_cols, z.device)
     cap = 1.0 if softcap is None else float(softcap)
     with on_device(z):
         row_kernel[(n_rows,)](

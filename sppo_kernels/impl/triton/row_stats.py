@@ -104,12 +104,19 @@ def stats_kernel(
                 u_sum += tl.sum(tl.where(mask, u, 0.0), axis=1)
             if SCALE or CAP:  # neither keeps -inf outside the row
                 u = tl.where(mask, u, float("-inf"))
-            if TOP1:
-                left = tl.where(column < label, u, float("-inf"))
-                before = tl.maximum(before, tl.max(left, axis=1))
-                left = tl.where(column <= label, u, float("-inf"))
-                until = tl.maximum(until, tl.max(left, axis=1))
-            m_new = tl.maximum(m, tl.max(u, axis=1))
+            m_tile = tl.max(u, axis=1)
+            if TOP1:  # one tile of a row compares elements with the label's column
+                at_tile = lo + label - group * VEC
+                if at_tile >= BLOCK:
+                    before = tl.maximum(before, m_tile)
+                    until = tl.maximum(until, m_tile)
+                elif at_tile >= 0:
+                    place = positions(0, GROUPS, VEC)
+                    left = tl.where(place < at_tile, u, float("-inf"))
+                    before = tl.maximum(before, tl.max(left, axis=1))
+                    left = tl.where(place <= at_tile, u, float("-inf"))
+                    until = tl.maximum(until, tl.max(left, axis=1))
+            m_new = tl.maximum(m, m_tile)
             if SUMS:
                 shift = finite_max(m_new)
                 scaled = exp(m - shift)

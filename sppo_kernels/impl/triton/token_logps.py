@@ -128,7 +128,7 @@ def token_logps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tens
     rows = rows_of(logits)
     vec = vector_of(logits)
     edges = has_edges(rows, n_cols, vec)
-    block = config.split_block(logits.dtype, n_cols)
+    block = config.split_block(logits.dtype, n_cols, logits.device)
     n_slices = slices(n_cols, block.size, vec, edges)
     if n_rows * n_slices >= 2**31:
         raise ValueError(f"logits: at most 2^31 programs are launched, got {n_rows * n_slices}")

@@ -126,7 +126,7 @@ def token_logps_backward(
     rows, out_rows = rows_of(logits), rows_of(out)
     vec = vector_of(logits)
     edges = has_edges(rows, n_cols, vec)
-    block = config.backward_block(logits.dtype, n_cols)
+    block = config.backward_block(logits.dtype, n_cols, logits.device)
     n_slices = slices(n_cols, block.size, vec, edges)
     if size_b * size_t * n_slices >= 2**31:
         raise ValueError(

@@ -1,0 +1,1 @@
+"""Parts of `python -m benchmarks.kernels`: cubins read, occupancy bounded, times predicted."""

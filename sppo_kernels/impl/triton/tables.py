@@ -1,0 +1,181 @@
+"""Tables of tuned blocks: the user's file, else the one that comes with the package.
+
+Reading a table is all that ever happens by itself; `sppo tune` writes one (tuning.py). A table is
+
+    {"schema": 1, "note": ..., "entries": [{"kernel": "split" | "backward" | "row",
+      "dtype": "bfloat16", "columns": 128256, "block": 8192, "warps": 4, "device": "NVIDIA H200",
+      "triton": "3.7.1", ...}]}
+
+with times and versions beside it for the reader. Entries of another device or of another major
+version of Triton are left out. A file that is not such a table is refused as a whole, with a
+warning that names it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+logger = logging.getLogger("sppo_kernels")
+
+SCHEMA = 1
+KERNELS = ("split", "backward", "row")
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_BLOCK = 65536
+_FIELDS = {"kernel": str, "dtype": str, "columns": int, "block": int, "warps": int}
+_FIELDS |= {"device": str, "triton": str}
+
+
+class BadTable(ValueError):
+    """A file that is not a table of tuned blocks."""
+
+
+class Table(NamedTuple):
+    """Where a table is from, in words, and its entries for a device."""
+
+    source: str
+    entries: tuple[dict, ...]
+
+
+def slug(device_name: str) -> str:
+    """A device's name as a file is called: "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+
+
+def user_file(device_name: str) -> Path | None:
+    """The user's table: $SPPO_KERNELS_TUNED, or one in the cache folder; None where "0" is set."""
+    given = os.environ.get("SPPO_KERNELS_TUNED")
+    if given == "0":
+        return None
+    if given:
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "sppo_kernels" / "tuned" / f"{slug(device_name)}.json"
+
+
+def package_file(device_name: str) -> Path:
+    """The table that comes with the package, which need not exist."""
+    return Path(__file__).parent / "tuned" / f"{slug(device_name)}.json"
+
+
+def read(path: Path) -> list[dict]:
+    """The entries of a table.
+
+    Raises:
+        BadTable: it cannot be read, or is not a table; the message names the file and why.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadTable(f"{path}: not a table of tuned blocks ({error})") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise BadTable(f"{path}: expected a table of tuned blocks with schema {SCHEMA}")
+    entries = found.get("entries")
+    if not isinstance(entries, list):
+        raise BadTable(f"{path}: expected a list of entries, got {type(entries).__name__}")
+    for number, entry in enumerate(entries):
+        wrong = _wrong(entry)
+        if wrong:
+            raise BadTable(f"{path}: entry {number}: {wrong}")
+    return entries
+
+
+def _wrong(entry: object) -> str | None:
+    """What keeps an entry from being used, if anything."""
+    if not isinstance(entry, dict):
+        return f"expected settings, got {type(entry).__name__}"
+    for name, kind in _FIELDS.items():
+        if type(entry.get(name)) is not kind:
+            return f"{name}: expected {kind.__name__}, got {entry.get(name)!r}"
+    if entry["kernel"] not in KERNELS:
+        return f"kernel: expected one of {KERNELS}, got {entry['kernel']!r}"
+    if entry["dtype"] not in DTYPES:
+        return f"dtype: expected one of {DTYPES}, got {entry['dtype']!r}"
+    if entry["columns"] < 1:
+        return f"columns: expected at least 1, got {entry['columns']}"
+    for name, least, most in (("block", 16, MAX_BLOCK), ("warps", 1, 32)):
+        value = entry[name]
+        if not (least <= value <= most and value & (value - 1) == 0):
+            return f"{name}: expected a power of two from {least} to {most}, got {value}"
+    return None
+
+
+@functools.cache
+def table(device_name: str) -> Table:
+    """The table in use for a device, read once in a process (`table.cache_clear` forgets it)."""
+    mine = user_file(device_name)
+    if mine is None:
+        return Table("defaults (SPPO_KERNELS_TUNED=0)", ())
+    named = bool(os.environ.get("SPPO_KERNELS_TUNED"))
+    for path, kind in ((mine, "user's table"), (package_file(device_name), "package's table")):
+        if not path.exists() and not (named and path == mine):
+            continue
+        try:
+            entries = read(path)
+        except BadTable as error:
+            logger.warning("tuned blocks: %s; it is not used", error)
+            continue
+        fit = tuple(e for e in entries if _serves(e, device_name))
+        if len(fit) < len(entries):
+            logger.info(
+                "tuned blocks: %s: %d of %d entries are of another device or Triton",
+                *(path, len(entries) - len(fit), len(entries)),
+            )
+        if fit:
+            return Table(f"{kind} {path} ({len(fit)} entries)", fit)
+    return Table("defaults (no tuned entry for this device)", ())
+
+
+def _serves(entry: dict, device_name: str) -> bool:
+    """Whether an entry is of this device and of this major version of Triton."""
+    import triton
+
+    same = entry["triton"].split(".")[0] == triton.__version__.split(".")[0]
+    return same and entry["device"] == device_name
+
+
+@functools.cache
+def lookup(kernel: str, dtype: str, columns: int, device_name: str) -> tuple[int, int] | None:
+    """(block, warps) of the nearest entry whose vocabulary is within the same powers of two."""
+    near = [
+        e
+        for e in table(device_name).entries
+        if (e["kernel"], e["dtype"]) == (kernel, dtype)
+        and (e["columns"] - 1).bit_length() == (columns - 1).bit_length()
+    ]
+    if not near:
+        return None
+    best = min(near, key=lambda e: (abs(e["columns"] - columns), e["columns"]))
+    return best["block"], best["warps"]
+
+
+def forget() -> None:
+    """Read the files again at the next launch."""
+    table.cache_clear()
+    lookup.cache_clear()
+
+
+@functools.cache
+def _cuda_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def device_name(device: torch.device | None) -> str | None:
+    """The name by which tables know a device; None for one that is never tuned."""
+    if device is None or device.type != "cuda":
+        return None
+    return _cuda_name(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def in_use() -> str:
+    """Which table launches take their blocks from, in words, for `sppo env`."""
+    if not torch.cuda.is_available():
+        return "defaults (no CUDA device)"
+    return table(torch.cuda.get_device_name()).source
