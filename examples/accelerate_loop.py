@@ -17,7 +17,7 @@ from transformers_trainer import rows
 from sppo_kernels.integrations.transformers import model_sppo_loss
 
 
-def main() -> None:
+def main() -> Accelerator:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4, help="responses a process")
@@ -48,9 +48,10 @@ def main() -> None:
         accelerator.print(f"epoch {epoch}: loss {sum(losses) / len(losses):.4f}")
     if args.save and accelerator.is_main_process:
         torch.save(accelerator.unwrap_model(model).state_dict(), args.save)
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    return accelerator
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main()
+    main().end_training()  # once DDP is freed: gloo may hang in the other order

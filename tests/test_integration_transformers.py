@@ -5,9 +5,11 @@ import gc
 import os
 import re
 import runpy
+import signal
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -49,6 +51,7 @@ def two_processes(script, *arguments):
         port = str(free.getsockname()[1])
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
+    env |= {"PYTHONFAULTHANDLER": "1"}  # SIGABRT then prints where a process waits
     running = [
         subprocess.Popen(
             [sys.executable, str(ROOT / script), *map(str, arguments)],
@@ -60,11 +63,15 @@ def two_processes(script, *arguments):
         )
         for rank in range(2)
     ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
+    end = time.monotonic() + 120
+    while time.monotonic() < end and any(p.poll() is None for p in running):
+        if any(p.poll() for p in running):  # one failed: the other would wait for it
+            break
+        time.sleep(0.2)
+    for process in running:
+        if process.poll() is None:
+            process.send_signal(signal.SIGABRT)
+    outputs = [process.communicate(timeout=30)[0] for process in running]
     assert [p.returncode for p in running] == [0, 0], "\n".join(outputs)
     return outputs[0]
 
