@@ -32,6 +32,7 @@ CPU_CASE = Case(2048, 1024, 50304)
 GATE_ROWS = 64  # of the gate outside a run, for tests and other tools
 SLOW = 3.0  # seconds; a call that takes longer is repeated only SLOW_REPEATS times
 SLOW_REPEATS = 2
+VERY_SLOW = 8.0
 SPENT = "not measured: the time budget was spent"
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -121,6 +122,7 @@ def run_case(
     only: Sequence[str] | None = None,
     *,
     without: Sequence[str] = (),
+    memory_without: Sequence[str] = (),
     deadline: float | None = None,
     batch: Batch | None = None,
     found: list[Provider] | None = None,
@@ -129,9 +131,11 @@ def run_case(
     """Gate, then time every provider of a group in turn, then measure memory.
 
     Args:
-        repeats: timed calls of each provider; SLOW_REPEATS for those whose call takes over SLOW.
+        repeats: timed calls of each provider; SLOW_REPEATS for those whose call takes over SLOW
+            seconds, one over VERY_SLOW.
         only: providers whose name contains one of these words; the ceiling always runs.
         without: leave out those whose name contains one of these.
+        memory_without: measure no memory of those whose name contains one of these.
         deadline: of time.monotonic(); providers not gated by then become rows that say so.
         batch: the inputs, when several groups share them.
         found: the providers, instead of those of the table.
@@ -180,11 +184,13 @@ def run_case(
         else:
             calls[q.name] = run
             took = time.perf_counter() - began
-            if device.type == "cuda" or took > SLOW:  # what it took had its first call in it
+            if device.type == "cuda" or (took > SLOW and q.compiles):  # the first call compiled
                 took = _once(run, device)
-            wanted[q.name] = repeats if took <= SLOW else min(repeats, SLOW_REPEATS)
+            most = repeats if took <= SLOW else SLOW_REPEATS if took <= VERY_SLOW else 1
+            wanted[q.name] = min(repeats, most)
             if wanted[q.name] < repeats:
-                this.note = _join(this.note, f"{wanted[q.name]} calls of {took:.0f} s")
+                calls_made = f"{wanted[q.name]} calls" if wanted[q.name] > 1 else "1 call"
+                this.note = _join(this.note, f"{calls_made} of {took:.0f} s")
         p.clear(inputs)
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -202,7 +208,13 @@ def run_case(
     if keep is not None:
         keep(list(rows.values()))
     if memory_too:
-        _measure_memory(rows, calls, inputs, group, case, name_of_dtype, device, deadline)
+        skipped = [n for n in calls if any(word in n for word in memory_without)]
+        for name in skipped:
+            rows[name].note = _join(rows[name].note, "memory left out")
+        # The quickest first: when the time is up, few are lost.
+        measured = {n: calls[n] for n in sorted(calls, key=lambda n: rows[n].times or [0.0])}
+        measured = {n: run for n, run in measured.items() if n not in skipped}
+        _measure_memory(rows, measured, inputs, group, case, name_of_dtype, device, deadline)
     return list(rows.values())
 
 
@@ -283,6 +295,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--softcap", type=float)
     parser.add_argument("--providers", nargs="+", help="those whose name has one of these words")
     parser.add_argument("--without", nargs="+", default=[], help="leave out those with these words")
+    parser.add_argument("--memory-without", nargs="+", default=[], help="no memory of these")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, help="time budget")
     parser.add_argument("--no-memory", action="store_true")
@@ -313,7 +326,8 @@ def main(argv: list[str] | None = None) -> int:
             batch = Batch(kind, case, dtype, device)
         rows += run_case(
             group, case, dtype, device, args.repeats, not args.no_memory, args.providers,
-            without=args.without, deadline=deadline, batch=batch,
+            without=args.without, memory_without=args.memory_without, deadline=deadline,
+            batch=batch,
             keep=lambda found, before=tuple(rows): write_json(args.json, [*before, *found], env),
         )  # fmt: skip
         write_json(args.json, rows, env)
