@@ -288,7 +288,8 @@ def test_suites_run(tmp_path):
     """A few pytest-benchmark cases of every group, so that they cannot rot."""
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "bench.json"
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # pytest-benchmark measures nothing when it believes itself inside a worker of xdist
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_I", "PYTEST_XDIST"))}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
          f"--benchmark-json={out}", *(f"benchmarks/test_bench_{name}.py" for name in
