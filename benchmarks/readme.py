@@ -2,8 +2,8 @@
 
 python -m benchmarks readme [--check]      (--check: exit 1 if the README is not current)
 
-Every folder of benchmarks/results/ is a machine. Its results.json is used, or, where there is none,
-all results files of the folder together.
+Every folder of benchmarks/results/ is a machine. Its results.json and trl.json are used, or, where
+there is no results.json, all results files of the folder together.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ def short(commit: str) -> str:
 
 def machine_rows(folder: Path) -> tuple[list[Row], list[dict]]:
     """All rows of a machine, and the environments of the files they are from."""
-    whole = folder / "results.json"
+    whole, trl = folder / "results.json", folder / "trl.json"
     rows, envs = [], []
-    for path in [whole] if whole.exists() else sorted(folder.glob("*.json")):
+    chosen = [whole, *([trl] if trl.exists() else [])]
+    for path in chosen if whole.exists() else sorted(folder.glob("*.json")):
         if "rows" not in (data := json.loads(path.read_text())) or data["schema"] != SCHEMA_VERSION:
             continue  # another kind of file, such as a sweep
         found, env = read_json(path)
@@ -157,6 +158,32 @@ def trainer_lines(rows: Sequence[Row]) -> list[str]:
     return [text + f" ({ours.note})."]
 
 
+def trl_lines(rows: Sequence[Row]) -> list[str]:
+    """TRL's DPOTrainer with and without `patch()`, in a sentence."""
+    found = {(r.group, r.provider): r for r in rows if r.group.startswith("trl-dpo") and r.times}
+    parts = {}
+    for what in ("head", "step"):
+        ours, theirs = (found.get((f"trl-dpo-{what}", n)) for n in ("patched", "trl"))
+        if ours is None or theirs is None:
+            return []
+        parts[what] = f"{theirs.best / ours.best:.1f} times faster"
+        if ours.extra_peak and theirs.extra_peak:
+            parts[what] += f" with {ours.extra_peak / theirs.extra_peak:.2f} of the peak memory"
+    compact = found.get(("trl-dpo-head", "trl, compact"))
+    more = (
+        ""
+        if compact is None
+        else (
+            f" TRL's own function, given only the positions that have a label, takes "
+            f"{compact.best / found['trl-dpo-head', 'patched'].best:.1f} times as long as ours."
+        )
+    )
+    return [
+        f"TRL's DPOTrainer after `patch()` ({ours.case}, {ours.dtype}): its head {parts['head']}, "
+        f"a whole step {parts['step']}.{more}"
+    ]
+
+
 def machine_block(folder: Path) -> list[str]:
     rows, envs = machine_rows(folder)
     machine = envs[0]["machine"]
@@ -172,7 +199,7 @@ def machine_block(folder: Path) -> list[str]:
         if (folder / f"{n}.svg").exists()
     )
     out = [f"**{name}** ({'; '.join(runs)}).{plots}", ""]
-    for lines in (loss_lines(rows), game_lines(rows), trainer_lines(rows)):
+    for lines in (loss_lines(rows), game_lines(rows), trainer_lines(rows), trl_lines(rows)):
         out += [*lines, ""] if lines else []
     return out
 

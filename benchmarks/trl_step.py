@@ -1,6 +1,6 @@
 """TRL's DPOTrainer with and without `patch()`: its head, a whole step, and peak memory.
 
-python -m benchmarks.trl_step --json benchmarks/results/trl-step-cpu.json
+python -m benchmarks trl --json benchmarks/results/<machine>/trl.json
 
 The trainer, the weights and the batches are the same for all; only the functions differ:
 
@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     for name, value in found.items():
         print(f"{name}: {value:.2f}")
     if args.json:
-        write_json(args.json, results, environment() | {"ratios": found})
+        write_json(args.json, results, environment())
     return results
 
 

@@ -156,6 +156,7 @@ def test_autocast_and_accelerates_mixed_precision(generator):
         cast = model_token_logps(model, ids, labels, mask)
     plain = model_token_logps(model, ids, labels, mask)
     assert 1e-4 < (cast - plain).abs().max() < 0.3  # it ran in bfloat16
+    accelerate.state.AcceleratorState._reset_state(True)  # what another test may have left
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     try:
         prepared = accelerator.prepare_model(copy.deepcopy(model))

@@ -41,9 +41,14 @@ def test_readme_examples_run(tmp_path, monkeypatch):
         "win_rate": torch.tensor([0.2, 0.5, 0.8]),
     }
     found = blocks()
-    assert len(found) == 3
-    for code in found:
-        exec(code, scope)
+    assert len(found) == 4
+    trl = pytest.importorskip("sppo_kernels.integrations.trl")
+    pytest.importorskip("trl")
+    try:
+        for code in found:
+            exec(code, scope)
+    finally:
+        trl.unpatch()
     assert scope["out"].loss.isfinite()
     assert scope["trainer"].state.global_step > 0
     assert scope["out"].logps.shape == (3,)
