@@ -184,7 +184,8 @@ def run_case(
         else:
             calls[q.name] = run
             took = time.perf_counter() - began
-            if device.type == "cuda" or (took > SLOW and q.compiles):  # the first call compiled
+            # The first call had the gate in it, and maybe a compiler; far too slow ones need no more.
+            if device.type == "cuda" or q.compiles or SLOW < took < 1.5 * VERY_SLOW:
                 took = _once(run, device)
             most = repeats if took <= SLOW else SLOW_REPEATS if took <= VERY_SLOW else 1
             wanted[q.name] = min(repeats, most)
