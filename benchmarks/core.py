@@ -184,7 +184,7 @@ def run_case(
         else:
             calls[q.name] = run
             took = time.perf_counter() - began
-            # The first call had the gate in it, and maybe a compiler; far too slow ones need no more.
+            # The first call had the gate in it, maybe a compiler; far too slow ones need no more.
             if device.type == "cuda" or q.compiles or SLOW < took < 1.5 * VERY_SLOW:
                 took = _once(run, device)
             most = repeats if took <= SLOW else SLOW_REPEATS if took <= VERY_SLOW else 1

@@ -2,8 +2,8 @@
 
 python -m benchmarks readme [--check]      (--check: exit 1 if the README is not current)
 
-Every folder of benchmarks/results/ is a machine. Its results.json and trl.json are used, or, where
-there is no results.json, all results files of the folder together.
+Every folder of benchmarks/results/ is a machine. All its results files are used, results.json first:
+a case that it measured is not taken from another file.
 """
 
 from __future__ import annotations
@@ -57,14 +57,15 @@ def short(commit: str) -> str:
 
 def machine_rows(folder: Path) -> tuple[list[Row], list[dict]]:
     """All rows of a machine, and the environments of the files they are from."""
-    whole, trl = folder / "results.json", folder / "trl.json"
+    whole = folder / "results.json"
     rows, envs = [], []
-    chosen = [whole, *([trl] if trl.exists() else [])]
-    for path in chosen if whole.exists() else sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*.json"), key=lambda p: (p != whole, p)):
         if "rows" not in (data := json.loads(path.read_text())) or data["schema"] != SCHEMA_VERSION:
             continue  # another kind of file, such as a sweep
+        known = {r.key for r in rows if r.times}
         found, env = read_json(path)
-        rows, envs = rows + found, [*envs, env]
+        if fresh := [r for r in found if r.key not in known]:
+            rows, envs = rows + fresh, [*envs, env]
     return rows, envs
 
 
