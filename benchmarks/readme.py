@@ -2,8 +2,8 @@
 
 python -m benchmarks readme [--check]      (--check: exit 1 if the README is not current)
 
-Every folder of benchmarks/results/ is a machine. All its results files are used, results.json first:
-a case that it measured is not taken from another file.
+Every folder of benchmarks/results/ is a machine. All its results files are used, results.json
+first: a case that it measured is not taken from another file.
 """
 
 from __future__ import annotations
