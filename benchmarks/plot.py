@@ -60,7 +60,7 @@ def _ratios(axis, rows: list[Row]) -> None:
         axis.axvline(
             line, color=CEILING_COLOUR, linewidth=1.2, label=f"{ceiling.provider}: {line:.2f}"
         )
-        axis.legend(loc="lower right", fontsize=8, frameon=False)
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
 
 
 def _memory(axis, rows: list[Row]) -> None:

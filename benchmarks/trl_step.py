@@ -276,7 +276,8 @@ def measure(vocab: int, pairs: int, batches: int, repeats: int) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         trainer, data = build(vocab, pairs, batches, folder)
         errors = {name: gate(trainer, data[0], name) for name in PROVIDERS if name != "trl"}
-        case = f"V={vocab}, {batches} batch{"es" if batches > 1 else ""} of {2 * pairs} rows"
+        number = f"{batches} batches" if batches > 1 else "a batch"
+        case = f"V={vocab}, {number} of {2 * pairs} rows"
         for what, make in (("head", head_of), ("step", step_of)):
             with Switch() as switch:
                 functions = {n: switch.before(n, make(trainer, data)) for n in PROVIDERS}
