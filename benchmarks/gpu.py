@@ -4,8 +4,9 @@
 
 Works with the machine's own Python, torch and triton. Peers that are not installed are rows that
 say so. Stops by itself within the budget: cases run in order of importance, each in a process of
-its own, and what did not fit is a row that says so. FOLDER gets results.json, table.md, plots,
-tests.xml and log.txt; a table of at most 60 lines is printed last.
+its own, and what did not fit is a row that says so; time that is left tunes kernel configurations.
+FOLDER gets results.json, table.md, plots, tests.xml, tuned.json and log.txt; a table of at most 60
+lines is printed last.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from benchmarks.suite import Job, cuda_plan, run, select
 BUILD_SHARE, TEST_SHARE = 0.25, 0.35  # of the budget, at most
 LINES = 60  # of what is printed
 RESERVE = 10.0  # seconds kept for the table and the plots
+LEAST_TUNING = 40.0  # with fewer seconds left, no configurations are tuned
 
 # Runs a command for at most some seconds: its exit status, or None when the time was up.
 Run = Callable[[Sequence[str], float], "int | None"]
@@ -85,6 +87,12 @@ def measure(
     end = clock() + budget
     passed, summary = prepare(call, out, budget)
     rows = run(plan, max(1.0, end - RESERVE - clock()), out, env, log)
+    left = end - RESERVE - clock()
+    if left >= LEAST_TUNING:  # last: the suite measures what is committed, not what is found here
+        table = out / "tuned.json"
+        command = [sys.executable, "-m", "sppo_kernels", "tune", "--out", str(table)]
+        tuned = call([*command, "--budget", f"{0.8 * left:.0f}"], left)
+        summary.append(f"tuned configurations: {outcome(tuned)}")
     summary.append(f"rows measured: {sum(bool(r.times) for r in rows)} of {len(rows)}")
     refused = [r for r in rows if r.note.startswith("refused") and r.is_ours]
     summary += [f"REFUSED {r.group} {r.case} {r.provider}: {r.note}" for r in refused]

@@ -405,6 +405,31 @@ def test_the_gpu_run_reports_within_its_budget_and_lines(tmp_path, monkeypatch):
     assert "benchmarks/test_bench_games.py" in files
 
 
+def test_time_left_on_a_gpu_tunes_within_the_budget(tmp_path, monkeypatch):
+    clock, commands = Clock(), []
+
+    def call(argv, seconds):
+        commands.append((argv, seconds))
+        clock.now += 20
+        return 0
+
+    def run(plan, budget, out, env, log):
+        clock.now += 300
+        return sample()
+
+    monkeypatch.setattr(gpu, "run", run)
+    began = clock.now
+    passed, text = gpu.measure(
+        call, suite.cuda_plan(), 480.0, tmp_path, ENV, io.StringIO(), clock=clock
+    )
+    assert passed and "tuned configurations: ok" in text
+    argv, seconds = commands[-1]
+    assert argv[1:4] == ["-m", "sppo_kernels", "tune"]
+    assert seconds == 480 - gpu.RESERVE - (300 + 2 * 20)
+    assert float(argv[argv.index("--budget") + 1]) < seconds
+    assert clock.now - began <= 480
+
+
 def test_the_gpu_run_refuses_a_machine_without_one(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
