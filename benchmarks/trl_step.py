@@ -124,6 +124,9 @@ def make_trainer(vocab: int, folder: str):
     raw = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 2, "a": 3}, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
+    # transformers renamed it; TRL's default is on
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    checkpointing = next(n for n in names if n in DPOConfig.__dataclass_fields__)
     args = DPOConfig(
         output_dir=folder,
         loss_type="sppo_hard",
@@ -132,7 +135,7 @@ def make_trainer(vocab: int, folder: str):
         use_cpu=True,
         bf16=False,
         max_length=None,
-        activation_checkpointing=False,
+        **{checkpointing: False},
         disable_tqdm=True,
         learning_rate=0.0,  # the optimizer does its work, and the weights stay the same for all
         optim="adamw_torch",

@@ -58,7 +58,9 @@ def _check(z, labels, bias, scale, cap, generator):
     assert torch.equal(only[2], found[1]) and torch.equal(only[4], found[3])
     assert [t.numel() for t in (only[0], only[1], only[3])] == [0, 0, 0]
     row_stats_backward(z, *args, IGNORE, norm, *upstream)
-    assert_within_budget(z, exact[4], eager[4], "dz")
+    # The same for the gradient: two roundings of its largest term, g p (log p + H).
+    slack = 2 * torch.finfo(torch.float32).eps * upstream.abs().max().item() * max(1.0, scale)
+    assert_within_budget(z, exact[4], eager[4], "dz", rounding=slack)
     assert (z[labels == IGNORE] == 0).all()
 
 

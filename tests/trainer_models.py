@@ -73,6 +73,9 @@ def build(family: str, dtype: torch.dtype = torch.float32):
 
     name, arguments = FAMILIES[family]
     config = getattr(transformers, name)(**arguments)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        # transformers' sdpa has no soft cap; 5.17 leaves it out silently, 5.23 refuses
+        config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
