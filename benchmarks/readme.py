@@ -181,7 +181,8 @@ def trl_lines(rows: Sequence[Row]) -> list[str]:
     )
     return [
         f"TRL's DPOTrainer after `patch()` ({ours.case}, {ours.dtype}): its head {parts['head']}, "
-        f"a whole step {parts['step']}.{more}"
+        f"a whole step {parts['step']}.{more} "
+        "Its gate: the step's loss and all gradients within 1e-4 of TRL's own."
     ]
 
 

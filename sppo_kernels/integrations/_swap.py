@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 __all__ = ["IntegrationError", "Swap", "check_parameters", "require_module", "version_of"]
@@ -185,3 +186,19 @@ class Installed:
             raise IntegrationError(f"{self.package} is not patched")
         self.swap.uninstall()
         self.swap = None
+
+
+def scoped(
+    patch: Callable[..., None], unpatch: Callable[[], None]
+) -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """`patched(**options)`: `patch(**options)` for a block, and `unpatch()` after it."""
+
+    @contextlib.contextmanager
+    def patched(**options: Any) -> Iterator[None]:
+        patch(**options)
+        try:
+            yield
+        finally:
+            unpatch()
+
+    return patched

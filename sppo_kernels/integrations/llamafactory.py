@@ -13,10 +13,8 @@ data/{converter,collator}.py, data/processor/pairwise.py.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from sppo_kernels.integrations._swap import (
     Swap,
     check_parameters,
     require_module,
+    scoped,
     version_of,
 )
 
@@ -261,14 +260,7 @@ def unpatch() -> None:
     forget_heads()
 
 
-@contextlib.contextmanager
-def patched(**options: Any) -> Iterator[None]:
-    """`patch(**options)` for the block."""
-    patch(**options)
-    try:
-        yield
-    finally:
-        unpatch()
+patched = scoped(patch, unpatch)
 
 
 def main() -> None:

@@ -11,10 +11,8 @@ Follows OpenRLHF 0.11.2: openrlhf/models/{actor,utils,loss}.py, openrlhf/trainer
 
 from __future__ import annotations
 
-import contextlib
 import runpy
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from sppo_kernels.integrations._swap import (
     Swap,
     check_parameters,
     require_module,
+    scoped,
     version_of,
 )
 
@@ -232,14 +231,7 @@ def unpatch() -> None:
     forget_heads()
 
 
-@contextlib.contextmanager
-def patched(**options: Any) -> Iterator[None]:
-    """`patch(**options)` for the block."""
-    patch(**options)
-    try:
-        yield
-    finally:
-        unpatch()
+patched = scoped(patch, unpatch)
 
 
 def main() -> None:

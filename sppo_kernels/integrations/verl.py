@@ -12,8 +12,6 @@ recipe/sppo/dp_actor.py of verl 0.6.0.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from sppo_kernels.integrations._swap import (
     Swap,
     check_parameters,
     require_module,
+    scoped,
 )
 
 __all__ = [
@@ -334,11 +333,4 @@ def unpatch() -> None:
     _installed.uninstall()
 
 
-@contextlib.contextmanager
-def patched(**options: Any) -> Iterator[None]:
-    """`patch(**options)` for the block."""
-    patch(**options)
-    try:
-        yield
-    finally:
-        unpatch()
+patched = scoped(patch, unpatch)
