@@ -1,12 +1,19 @@
-"""Without a CUDA device, Triton kernels run in Triton's interpreter; `gpu` tests are skipped."""
+"""Seeds of every test; without a CUDA device Triton is interpreted and `gpu` tests are skipped."""
 
+import hashlib
 import os
+import random
 
+import hypothesis
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples in every run; `SPPO_KERNELS_SEED` moves them, as it moves all other inputs.
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("fixed")
 
 
 def pytest_collection_modifyitems(items):
@@ -19,8 +26,26 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def generator(request):
-    """Fresh random inputs for every test and run; the seed is printed when a test fails."""
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"seed={seed}")
+def seed(request) -> int:
+    """Of the test's inputs: its name's, whatever its file, its order and its neighbours.
+
+    `SPPO_KERNELS_SEED=n` gives every test other inputs; a failure names the n it came with.
+    """
+    moved = os.environ.get("SPPO_KERNELS_SEED", "0")
+    name = f"{request.node.name} {moved}".encode()
+    found = int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little")
+    print(f"SPPO_KERNELS_SEED={moved} (seed={found})")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _seeded(seed) -> None:
+    """The global generators too, so that no test depends on which ran before it."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+@pytest.fixture
+def generator(seed) -> torch.Generator:
+    """Random inputs of a test, the same in every run."""
     return torch.Generator().manual_seed(seed)

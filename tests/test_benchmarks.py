@@ -127,9 +127,9 @@ def test_nan_and_missing_gradients_are_refused():
 
 @pytest.mark.parametrize("kind", ["linear", "logits"])
 @pytest.mark.parametrize("task", ["sppo", "on-policy", "hard", "cross-entropy"])
-def test_truth_is_that_of_float64_autograd(kind, task):
+def test_truth_is_that_of_float64_autograd(kind, task, seed):
     case = CASE._replace(softcap=6.0 if kind == "linear" else None)
-    inputs = make_inputs(kind, case, torch.float64, CPU, seed=int.from_bytes(os.urandom(3), "big"))
+    inputs = make_inputs(kind, case, torch.float64, CPU, seed=seed)
     z = inputs.logits if kind == "logits" else providers.head(inputs)
     labels = inputs.labels
     logp = z.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None]).squeeze(-1)

@@ -26,14 +26,13 @@ def run(command, **options):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_game_headers_under_sanitizers(tmp_path):
+def test_game_headers_under_sanitizers(tmp_path, seed):
     binary = tmp_path / "test_game"
     flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     built = run(["g++", *flags, str(ROOT / "tests/csrc/test_game.cpp"), "-o", str(binary)])
     assert built.returncode == 0, built.stderr
-    seed = str(int.from_bytes(os.urandom(4), "little"))
-    done = run([str(binary), seed], env={**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1"})
+    done = run([str(binary), str(seed)], env={**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1"})
     print(done.stdout, done.stderr)
     assert done.returncode == 0 and "0 failures" in done.stdout
 
@@ -95,9 +94,7 @@ def everything(seed: int) -> list[torch.Tensor]:
 
 
 @needs_native
-def test_same_bits_on_every_instruction_set_and_thread_count():
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"seed={seed}")
+def test_same_bits_on_every_instruction_set_and_thread_count(seed):
     code = (
         "import sys, torch; from tests.test_game_builds import digest, everything;"
         "torch.set_num_threads(int(sys.argv[2])); print(digest(everything(int(sys.argv[1]))))"
