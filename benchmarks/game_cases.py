@@ -10,9 +10,9 @@ from torch import Tensor
 
 from benchmarks.game_timing import NATIVE, missing, rows_of, within
 from benchmarks.rows import OURS, Row
-from sppo_kernels.comparisons import aggregate
-from sppo_kernels.games import bradley_terry, nash, tournament
-from sppo_kernels.preference import sppo_targets, symmetrize
+from sppo_kernels.games.comparisons import aggregate
+from sppo_kernels.games.solvers import bradley_terry, nash, tournament
+from sppo_kernels.games.targets import sppo_targets, symmetrize
 
 
 def random_tables(games: int, k: int, seed: int) -> Tensor:

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sppo_kernels.comparisons import aggregate, load_comparisons
-from sppo_kernels.games import bradley_terry, nash, tournament
-from sppo_kernels.types import Comparisons
+from sppo_kernels.games.comparisons import aggregate, load_comparisons
+from sppo_kernels.games.solvers import bradley_terry, nash, tournament
+from sppo_kernels.results import Comparisons
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- llmfao: begin -->", "<!-- llmfao: end -->"

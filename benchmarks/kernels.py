@@ -83,7 +83,7 @@ def cases() -> list[Case]:
     """The configurations that the launchers choose at [8192, 128256]."""
     import torch
 
-    from sppo_kernels.impl.triton import config
+    from sppo_kernels.logps.triton import config
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     found = []
@@ -137,7 +137,7 @@ def cases() -> list[Case]:
 
 def _stats_cases(dtypes: dict) -> list[Case]:
     """Entropy and its gradient, as impl/triton/row_stats*.py launch them."""
-    from sppo_kernels.impl.triton import config
+    from sppo_kernels.logps.triton import config
 
     head = dict.fromkeys(("BIAS", "SCALE", "CAP"), False)
     every, entropy = dict.fromkeys(head, True), {"ENTROPY": True, "TOP1": True}
@@ -186,7 +186,7 @@ def _kernel(name: str):
     import importlib
 
     for module in _MODULES:
-        found = getattr(importlib.import_module(f"sppo_kernels.impl.triton.{module}"), name, None)
+        found = getattr(importlib.import_module(f"sppo_kernels.logps.triton.{module}"), name, None)
         if found is not None:
             return found
     raise LookupError(f"no kernel is named {name!r}")

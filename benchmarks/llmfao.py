@@ -21,7 +21,7 @@ HELD_OUT = 3
 
 def load(folder: str | Path) -> list[dict]:
     """Rows `prompt, responses, win_rate` of the 13 prompts that people compared."""
-    from sppo_kernels.comparisons import aggregate, load_comparisons
+    from sppo_kernels.games.comparisons import aggregate, load_comparisons
 
     folder = Path(folder)
     prompts = {}

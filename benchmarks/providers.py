@@ -20,7 +20,7 @@ from benchmarks import peers
 from benchmarks.inputs import Case, Inputs, clear, make_inputs, prepare
 from benchmarks.rows import OURS
 from benchmarks.truth import ETA
-from sppo_kernels._backend import triton_interpreted, unavailable
+from sppo_kernels.backend import triton_interpreted, unavailable
 
 __all__ = ["Case", "Inputs", "Provider", "clear", "fast_impl", "make_inputs", "prepare", "table"]
 

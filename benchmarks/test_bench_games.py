@@ -15,9 +15,9 @@ import torch
 from benchmarks import game_cases as bench
 from benchmarks.bench_cases import FULL
 from benchmarks.game_timing import times_faster
-from sppo_kernels._backend import native_error
-from sppo_kernels.games import nash
-from sppo_kernels.preference import sppo_targets, symmetrize
+from sppo_kernels.backend import native_error
+from sppo_kernels.games.solvers import nash
+from sppo_kernels.games.targets import sppo_targets, symmetrize
 
 pytest.importorskip("pytest_benchmark")
 pytestmark = pytest.mark.skipif(

@@ -1,15 +1,15 @@
 """Fused kernels, preference games and a thin trainer for Self-Play Preference Optimization."""
 
-from sppo_kernels.comparisons import aggregate, load_comparisons
-from sppo_kernels.games import bradley_terry, nash, regularized_nash, tournament
-from sppo_kernels.linear_logps import linear_sequence_logps, linear_token_logps
-from sppo_kernels.logps import sequence_logps, token_logps
-from sppo_kernels.loss import fused_linear_sppo_loss, fused_sppo_loss, sppo_loss
-from sppo_kernels.nn import FusedLinearSPPOLoss, FusedSPPOLoss, PairwiseLoss, SPPOLoss
-from sppo_kernels.pairwise import pairwise_loss
-from sppo_kernels.preference import select_pairs, sppo_targets, symmetrize, win_rates
-from sppo_kernels.token_stats import linear_token_stats
-from sppo_kernels.types import (
+from sppo_kernels.games.comparisons import aggregate, load_comparisons
+from sppo_kernels.games.solvers import bradley_terry, nash, regularized_nash, tournament
+from sppo_kernels.games.targets import select_pairs, sppo_targets, symmetrize, win_rates
+from sppo_kernels.logps.linear import linear_sequence_logps, linear_token_logps
+from sppo_kernels.logps.stats import linear_token_stats
+from sppo_kernels.logps.token import sequence_logps, token_logps
+from sppo_kernels.loss.modules import FusedLinearSPPOLoss, FusedSPPOLoss, PairwiseLoss, SPPOLoss
+from sppo_kernels.loss.pairwise import pairwise_loss
+from sppo_kernels.loss.sppo import fused_linear_sppo_loss, fused_sppo_loss, sppo_loss
+from sppo_kernels.results import (
     Aggregate,
     Comparisons,
     Equilibrium,

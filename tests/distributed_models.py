@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from sppo_kernels.head import HeadProbeError
 from sppo_kernels.integrations.transformers import model_sppo_loss, model_token_logps
+from sppo_kernels.models.head import HeadProbeError
 
 
 def loss_of(model, rank: int, check: bool = True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sppo_kernels._backend import native_error
+from sppo_kernels.backend import native_error
 
 needs_native = pytest.mark.skipif(
     native_error() is not None, reason=f"the compiled extension is not loaded: {native_error()}"

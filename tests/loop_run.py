@@ -49,7 +49,7 @@ def run_loop(**changes: Any) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from sppo_kernels.cli import main
-    from sppo_kernels.data import read_parquet
+    from sppo_kernels.data.rows import read_parquet
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

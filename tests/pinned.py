@@ -204,7 +204,7 @@ def log_prob_cases(impl: str) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def loss_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from sppo_kernels.objectives import KINDS
+    from sppo_kernels.loss.objectives import KINDS
 
     g = torch.Generator().manual_seed(5)
     a, b, c, d, e, f = (torch.randn(6, generator=g) * 4 - 40 for _ in range(6))

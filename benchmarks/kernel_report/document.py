@@ -90,7 +90,7 @@ def predictions(reports: list[Report]) -> list[Prediction]:
     """
     import torch
 
-    from sppo_kernels.impl.triton import config
+    from sppo_kernels.logps.triton import config
 
     chosen = {
         "partial_kernel": config.split_block,

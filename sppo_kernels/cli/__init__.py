@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module.run(argv)
     except (ValueError, OSError, RuntimeError, ImportError, TypeError) as error:
-        from sppo_kernels.data import DataError
+        from sppo_kernels.data.rows import DataError
         from sppo_kernels.judges import JudgeError
 
         named = (DataError, JudgeError, OSError, ImportError)

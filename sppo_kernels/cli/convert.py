@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sppo_kernels.cli.options import OptionError, _help, needed, parse
-from sppo_kernels.data import canonical_row, from_uclaml, load_rows, to_uclaml, write_parquet
+from sppo_kernels.data.rows import canonical_row, from_uclaml, load_rows, to_uclaml, write_parquet
 
 
 @dataclass

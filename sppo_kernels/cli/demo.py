@@ -22,9 +22,10 @@ import torch
 
 from sppo_kernels.cli.iterate import LoopOptions, Run, iterate
 from sppo_kernels.cli.options import GenerateOptions, JudgeOptions, ModelOptions, _help, parse
-from sppo_kernels.cli.stages import derive_seed, whole_folder
-from sppo_kernels.data import require
+from sppo_kernels.cli.stages import derive_seed
+from sppo_kernels.files import whole_folder
 from sppo_kernels.judges import CallableJudge
+from sppo_kernels.optional import require
 from sppo_kernels.trainer import SPPOConfig
 
 

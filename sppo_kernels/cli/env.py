@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 import sppo_kernels
-from sppo_kernels import _backend
+from sppo_kernels import backend
 
 PACKAGES = (
     *("transformers", "accelerate", "datasets", "pyarrow", "peft", "triton", "flash-attn"),
@@ -38,15 +38,15 @@ def lines() -> list[tuple[str, str]]:
     for kind in ("cpu", "cuda"):
         for dtype in (torch.float32, torch.bfloat16):
             for impl in ("native", "triton"):
-                why = _backend.unavailable(impl, kind, dtype)
+                why = backend.unavailable(impl, kind, dtype)
                 name = f"{impl} on {kind}, {str(dtype).removeprefix('torch.')}"
                 found.append((name, "runs" if why is None else f"no: {why}"))
-    chosen = _backend.resolve("auto", "cpu", torch.float32)
+    chosen = backend.resolve("auto", "cpu", torch.float32)
     found.append(("impl='auto' on cpu", chosen))
     if torch.cuda.is_available():
-        found.append(("impl='auto' on cuda", _backend.resolve("auto", "cuda", torch.bfloat16)))
-    if _backend.triton_error() is None:
-        from sppo_kernels.impl.triton import tables
+        found.append(("impl='auto' on cuda", backend.resolve("auto", "cuda", torch.bfloat16)))
+    if backend.triton_error() is None:
+        from sppo_kernels.logps.triton import tables
 
         found.append(("Triton block table", tables.in_use()))
     return found

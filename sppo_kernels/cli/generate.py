@@ -21,8 +21,9 @@ from sppo_kernels.cli.options import (
     pick_device,
 )
 from sppo_kernels.cli.stages import derive_seed, in_parts
-from sppo_kernels.data import read_parquet, require
-from sppo_kernels.trainer.tokenize import prompt_token_ids
+from sppo_kernels.data.rows import read_parquet
+from sppo_kernels.data.tokenize import prompt_token_ids
+from sppo_kernels.optional import require
 
 
 @dataclass

@@ -32,14 +32,9 @@ from sppo_kernels.cli.options import (
     parse,
 )
 from sppo_kernels.cli.report import write_report
-from sppo_kernels.cli.stages import (
-    derive_seed,
-    read_json,
-    same_settings,
-    whole_folder,
-    write_json,
-)
+from sppo_kernels.cli.stages import derive_seed, same_settings
 from sppo_kernels.cli.train import TrainOptions, lora_config, save, train
+from sppo_kernels.files import read_json, whole_folder, write_json
 from sppo_kernels.judges import Judge, load_judge, win_matrices
 from sppo_kernels.trainer import SPPOConfig
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from sppo_kernels.cli.options import JudgeOptions, _help, needed, parse
 from sppo_kernels.cli.stages import in_parts
-from sppo_kernels.data import DataError, read_parquet
+from sppo_kernels.data.rows import DataError, read_parquet
+from sppo_kernels.games.targets import win_rates
 from sppo_kernels.judges import Judge, load_judge, win_matrices
-from sppo_kernels.preference import win_rates
 
 
 @dataclass

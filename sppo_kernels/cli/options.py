@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sppo_kernels.data import DataError, require
+from sppo_kernels.data.rows import DataError
+from sppo_kernels.optional import require
 
 
 class OptionError(DataError):
@@ -124,7 +125,7 @@ def load_model(options: ModelOptions, path: str | None = None) -> tuple[Any, Any
 
 def load_prompts(path: str) -> list[dict[str, Any]]:
     """Prompts of a Parquet, JSON-lines or text file (one a line), each with an `id`."""
-    from sppo_kernels.data import load_rows
+    from sppo_kernels.data.rows import load_rows
 
     if path.endswith(".txt"):
         rows = [{"prompt": line} for line in Path(path).read_text().splitlines() if line.strip()]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sppo_kernels.cli.stages import read_json
-from sppo_kernels.data import atomic_file, require
+from sppo_kernels.files import atomic_file, read_json
+from sppo_kernels.optional import require
 
 COLORS = {"sppo": "#1f5fa8", "dpo": "#c8641e"}
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sppo_kernels.data import DataError, atomic_file, read_parquet, write_parquet
+from sppo_kernels.data.rows import DataError, read_parquet, write_parquet
+from sppo_kernels.files import read_json, write_json
 
 
 def derive_seed(*parts: Any) -> int:
@@ -55,31 +55,6 @@ def in_parts(
     write_parquet(rows, path)
     shutil.rmtree(folder, ignore_errors=True)
     return rows
-
-
-def whole_folder(path: Path, work: Callable[[Path], None]) -> Path:
-    """A folder filled by `work(temporary)` that appears under its name only when complete."""
-    if path.exists():
-        return path
-    temporary = path.with_name(f".{path.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    work(temporary)
-    os.replace(temporary, path)
-    return path
-
-
-def write_json(value: Any, path: Path) -> None:
-    """JSON that is there whole or not at all."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1))
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 def same_settings(path: Path, settings: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo_kernels.cli.options import ModelOptions, _help, load_model, needed, parse
-from sppo_kernels.data import require
+from sppo_kernels.optional import require
 
 require("transformers")
 from transformers import PrinterCallback  # noqa: E402

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sppo_kernels import _backend
+from sppo_kernels import backend
 from sppo_kernels.cli.options import OptionError
 
 
@@ -37,10 +37,10 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(list(argv))
     if args.budget <= 0:
         raise OptionError(f"--budget: expected a positive number of seconds, got {args.budget}")
-    why = _backend.triton_error()
+    why = backend.triton_error()
     if why is not None:
         raise OptionError(f"tune: {why}")
-    from sppo_kernels.impl.triton.tuning import tune
+    from sppo_kernels.logps.triton.tuning import tune
 
     dtypes = [getattr(torch, name) for name in args.dtypes]
     outcome = tune(args.shapes, dtypes, args.out, args.budget)

@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from sppo_kernels.data import canonical_row, load_rows
+from sppo_kernels.data.rows import canonical_row, load_rows
+from sppo_kernels.data.tokenize import prompt_token_ids, response_token_ids
 from sppo_kernels.integrations._swap import IntegrationError, require_module
 from sppo_kernels.integrations.axolotl import TESTED, options_of
 from sppo_kernels.trainer import SPPOConfig, SPPOTrainer
-from sppo_kernels.trainer.tokenize import prompt_token_ids, response_token_ids
 
 _mixins = require_module("axolotl.core.trainers.mixins", TESTED)
 _optimizer = require_module("axolotl.core.trainers.mixins.optimizer", TESTED)

@@ -34,8 +34,8 @@ def checked_head(lm: nn.Module) -> Any:
         IntegrationError: the head is not one that the fused operators compute, or its weight is
             partitioned; the message names the model and the reason.
     """
-    from sppo_kernels.head import HeadProbeError, find_head
-    from sppo_kernels.head_probe import probe_head
+    from sppo_kernels.models.head import HeadProbeError, find_head
+    from sppo_kernels.models.probe import probe_head
 
     if lm in _heads:
         return _heads[lm]
@@ -88,7 +88,7 @@ def fused_head(
     Raises:
         IntegrationError: see `checked_head`; or the forward did not use the head as expected.
     """
-    from sppo_kernels.head import causal_lm
+    from sppo_kernels.models.head import causal_lm
 
     lm = causal_lm(model)
     head = checked_head(lm)

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppo_kernels import _validate
-from sppo_kernels.linear_logps import linear_sequence_logps
-from sppo_kernels.loss import fused_linear_sppo_loss
-from sppo_kernels.pairwise import checked_settings, find_kind, pairwise_loss
+from sppo_kernels import checks
+from sppo_kernels.logps.linear import linear_sequence_logps
+from sppo_kernels.loss.pairwise import checked_settings, find_kind, pairwise_loss
+from sppo_kernels.loss.sppo import fused_linear_sppo_loss
 
 __all__ = ["LigerFusedLinearDPOLoss", "patch", "patched", "unpatch"]
 
@@ -92,7 +92,7 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         self.use_ref_model = use_ref_model
         self.average_log_prob = average_log_prob
         self.chunk_size = chunk_size
-        self.loss_type = _validate.choice("loss_type", loss_type, LOSS_TYPES)
+        self.loss_type = checks.choice("loss_type", loss_type, LOSS_TYPES)
         self.label_smoothing = label_smoothing
         self.discopop_tau = discopop_tau
         self.memory_budget = memory_budget
@@ -219,8 +219,8 @@ def _check_call(
     ref_weight: Tensor | None,
     win_rate: Tensor | None,
 ) -> None:
-    _validate.floating("_input", _input, 3)
-    _validate.shape("target", _validate.integers("target", target), _input.shape[:2], "of _input")
+    checks.floating("_input", _input, 3)
+    checks.shape("target", checks.integers("target", target), _input.shape[:2], "of _input")
     if target.shape[0] == 0 or target.shape[0] % 2:
         raise ValueError(
             "target: expected chosen responses and as many rejected ones after them, got "
@@ -234,8 +234,8 @@ def _check_call(
         wanted = "needed for" if win_rate is None else "taken only by"
         raise ValueError(f"win_rate: {wanted} loss_type='sppo', and this is {module.loss_type!r}")
     if win_rate is not None:
-        _validate.shape(
-            "win_rate", _validate.floating("win_rate", win_rate), target.shape[:1], "of the batch"
+        checks.shape(
+            "win_rate", checks.floating("win_rate", win_rate), target.shape[:1], "of the batch"
         )
 
 

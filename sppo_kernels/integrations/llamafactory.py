@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import sppo_kernels as sk
-from sppo_kernels import _validate
+from sppo_kernels import checks
 from sppo_kernels.integrations._capture import forget_heads, fused_head
 from sppo_kernels.integrations._swap import (
     Installed,
@@ -194,10 +194,10 @@ def _collator(original: Any) -> Any:
 
 
 def _build(loss: str, eta: float | None, win_rates: str) -> Swap:
-    _validate.choice("loss", loss, ("dpo", "sppo"))
-    _validate.choice("win_rates", win_rates, ("hard", "columns"))
+    checks.choice("loss", loss, ("dpo", "sppo"))
+    checks.choice("win_rates", win_rates, ("hard", "columns"))
     if eta is not None:
-        _validate.positive("eta", eta)
+        checks.positive("eta", eta)
     require_module("llamafactory", TESTED)
     swap = Swap("llamafactory")
     trainer = require_module("llamafactory.train.dpo.trainer", TESTED)

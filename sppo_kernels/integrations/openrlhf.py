@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import sppo_kernels as sk
-from sppo_kernels import _validate
+from sppo_kernels import checks
 from sppo_kernels.integrations._capture import forget_heads, fused_head
 from sppo_kernels.integrations._swap import (
     Installed,
@@ -61,7 +61,7 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
         [...] float32 (float64 for float64), in nats. OpenRLHF returns the dtype of the logits and
         divides them in place.
     """
-    temperature = _validate.positive("temperature", temperature)
+    temperature = checks.positive("temperature", temperature)
     return sk.token_logps(logits if temperature == 1.0 else logits / temperature, labels)
 
 
@@ -81,7 +81,7 @@ class SPPOLoss(nn.Module):
             raise ValueError("ipo: expected False, got True; SPPO is another loss")
         if label_smoothing:
             raise ValueError(f"label_smoothing: expected 0, got {label_smoothing}; give win rates")
-        self.beta = _validate.positive("beta", beta)
+        self.beta = checks.positive("beta", beta)
 
     def forward(
         self,
@@ -175,7 +175,7 @@ def actor_forward(original: Any, helpers: Any) -> Any:
 
 
 def _build(head: bool, logits: bool, loss: str) -> Swap:
-    _validate.choice("loss", loss, ("dpo", "sppo"))
+    checks.choice("loss", loss, ("dpo", "sppo"))
     require_module("openrlhf", TESTED)
     swap = Swap("openrlhf")
     actor = require_module("openrlhf.models.actor", TESTED)

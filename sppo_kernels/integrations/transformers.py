@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sppo_kernels import _validate
-from sppo_kernels._head_weight import adapter_state
-from sppo_kernels.head import Head, HeadProbeError, backbone, causal_lm, find_head
-from sppo_kernels.head_probe import probe_head
-from sppo_kernels.linear_logps import linear_sequence_logps, linear_token_logps
-from sppo_kernels.loss import fused_linear_sppo_loss
-from sppo_kernels.types import SPPOOutput
+from sppo_kernels import checks
+from sppo_kernels.logps.linear import linear_sequence_logps, linear_token_logps
+from sppo_kernels.loss.sppo import fused_linear_sppo_loss
+from sppo_kernels.models.head import Head, HeadProbeError, backbone, causal_lm, find_head
+from sppo_kernels.models.probe import probe_head
+from sppo_kernels.models.weight import adapter_state
+from sppo_kernels.results import SPPOOutput
 
 __all__ = ["HeadProbeError", "model_sequence_logps", "model_sppo_loss", "model_token_logps"]
 
@@ -125,8 +125,8 @@ def model_sppo_loss(
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **model_kwargs}
     for name, value in (("ref_logps", ref_logps), ("win_rate", win_rate)):
-        value = _validate.floating(name, value, 1)
-        _validate.shape(name, value, labels.shape[:1], "one for each row")
+        value = checks.floating(name, value, 1)
+        checks.shape(name, value, labels.shape[:1], "one for each row")
     settings = {"eta": eta, "weights": weights, "reduction": reduction, "units": units}
     settings |= {"memory_budget": memory_budget, "impl": impl, "constants": (ref_logps, win_rate)}
     return SPPOOutput(*_call("sppo", model, inputs, labels, check, **settings))
@@ -210,11 +210,11 @@ def _call(
     kind: str, model: nn.Module, inputs: dict, labels: Tensor, check: bool, **settings: Any
 ) -> Any:
     """Check, probe once, and call the model with its forward exchanged."""
-    input_ids = _validate.integers("input_ids", inputs["input_ids"])
-    labels = _validate.integers("labels", labels)
+    input_ids = checks.integers("input_ids", inputs["input_ids"])
+    labels = checks.integers("labels", labels)
     if input_ids.dim() != 2 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected [B, T] with T >= 2, got {tuple(input_ids.shape)}")
-    _validate.shape("labels", labels, input_ids.shape, "that of input_ids (shifted inside)")
+    checks.shape("labels", labels, input_ids.shape, "that of input_ids (shifted inside)")
     inputs = {k: v for k, v in inputs.items() if v is not None}
     for name in REFUSED:
         if name in inputs:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import sppo_kernels as sk
-from sppo_kernels import _validate
+from sppo_kernels import checks
 from sppo_kernels.integrations._swap import (
     Installed,
     IntegrationError,
@@ -75,7 +75,7 @@ def _logps_and_entropy(
         weight.to(hidden.dtype),
         labels,
         outputs=("entropy",),
-        logit_scale=1.0 / _validate.positive("temperature", temperature),
+        logit_scale=1.0 / checks.positive("temperature", temperature),
     )
     return stats.logps, stats.entropy
 
@@ -128,7 +128,7 @@ def linear_cross_entropy(
             "dist_process_group: expected None, got a process group; a vocabulary split over "
             "ranks (tensor parallelism) is not supported, keep verl's own kernel for it"
         )
-    _validate.choice("reduction", reduction.lower(), REDUCTIONS)
+    checks.choice("reduction", reduction.lower(), REDUCTIONS)
     logps, entropy = _logps_and_entropy(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature
     )
@@ -159,10 +159,10 @@ def compute_sppo_loss(
     Raises:
         ValueError: another loss_agg_mode, or shapes that disagree.
     """
-    _validate.choice("loss_agg_mode", loss_agg_mode, ("token-mean",))
-    _validate.shape("old_log_prob", old_log_prob, log_prob.shape, "that of log_prob")
-    _validate.shape("response_mask", response_mask, log_prob.shape, "that of log_prob")
-    _validate.shape("rewards", rewards, log_prob.shape[:1], "one for each response")
+    checks.choice("loss_agg_mode", loss_agg_mode, ("token-mean",))
+    checks.shape("old_log_prob", old_log_prob, log_prob.shape, "that of log_prob")
+    checks.shape("response_mask", response_mask, log_prob.shape, "that of log_prob")
+    checks.shape("rewards", rewards, log_prob.shape[:1], "one for each response")
     mask = response_mask.to(torch.float32)
     policy = (log_prob * mask).sum(1)
     old = (old_log_prob * mask).sum(1)
@@ -184,7 +184,7 @@ def sppo_policy_loss(eta: float) -> Any:
     with `global_batch_size` in `config.global_batch_info` a micro-batch gives its share of the mean
     over the global batch, times `dp_size`, as verl's own losses do.
     """
-    eta = _validate.positive("eta", eta)
+    eta = checks.positive("eta", eta)
 
     def loss(
         old_log_prob: Tensor,

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sppo_kernels.preference import symmetrize
+from sppo_kernels.games.targets import symmetrize
 
 
 class JudgeError(ValueError):

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sppo_kernels.data import OverLengthError, require
+from sppo_kernels.data.rows import OverLengthError
 from sppo_kernels.judges.base import JudgeError, check_batch, prompt_text
+from sppo_kernels.optional import require
 
 logger = logging.getLogger("sppo_kernels")
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppo_kernels.data import OverLengthError, require
+from sppo_kernels.data.rows import OverLengthError
 from sppo_kernels.judges.base import JudgeError, check_batch
+from sppo_kernels.optional import require
 
 
 class RewardModelJudge:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sppo_kernels.data import require
+from sppo_kernels.optional import require
 
 require("transformers")
 from transformers import TrainingArguments  # noqa: E402

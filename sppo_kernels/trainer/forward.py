@@ -14,16 +14,16 @@ from sppo_kernels import (
     linear_sequence_logps,
     sequence_logps,
 )
-from sppo_kernels.trainer import packing
-from sppo_kernels.trainer.collator import HostBatch, SPPOCollator
-from sppo_kernels.trainer.head import (
+from sppo_kernels.data.collate import HostBatch, SPPOCollator
+from sppo_kernels.models import attention as packing
+from sppo_kernels.models.head import (
     Head,
     HeadProbeError,
     backbone,
     causal_lm,
     find_head,
-    probe_head,
 )
+from sppo_kernels.models.probe import probe_head
 from sppo_kernels.trainer.objective import pair_objective
 
 logger = logging.getLogger("sppo_kernels")

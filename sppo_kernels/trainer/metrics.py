@@ -9,7 +9,7 @@ import time
 import torch
 from torch import Tensor
 
-from sppo_kernels.trainer.collator import HostBatch
+from sppo_kernels.data.collate import HostBatch
 
 
 class MetricStore:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppo_kernels.objectives import ALIASES, KINDS
-from sppo_kernels.objectives.base import LENGTHS, REFERENCE, WINS
-from sppo_kernels.pairwise import checked_settings, find_kind, pairwise_loss
-from sppo_kernels.trainer.collator import HostBatch
+from sppo_kernels.data.collate import HostBatch
+from sppo_kernels.loss.objectives import ALIASES, KINDS
+from sppo_kernels.loss.objectives.base import LENGTHS, REFERENCE, WINS
+from sppo_kernels.loss.pairwise import checked_settings, find_kind, pairwise_loss
 
 # what a batch holds; objectives that need more (a previous policy, a KL estimate) do not fit
 AVAILABLE = {*REFERENCE, *WINS, *LENGTHS}

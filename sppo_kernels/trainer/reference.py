@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sppo_kernels.data import atomic_file
+from sppo_kernels.files import atomic_file
 
 FILE = "reference_logps.json"
 

@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from sppo_kernels.data.collate import SPPOCollator
+from sppo_kernels.data.tokenize import prepare_dataset
+from sppo_kernels.models.head import causal_lm
 from sppo_kernels.trainer import reference
-from sppo_kernels.trainer.collator import SPPOCollator
 from sppo_kernels.trainer.config import SPPOConfig
 from sppo_kernels.trainer.forward import LossForward, probe
-from sppo_kernels.trainer.head import causal_lm
 from sppo_kernels.trainer.metrics import MetricStore
 from sppo_kernels.trainer.objective import pairwise_settings
-from sppo_kernels.trainer.tokenize import prepare_dataset
 
 logger = logging.getLogger("sppo_kernels")
 
@@ -63,7 +63,7 @@ class SPPOTrainer(Trainer):
 
             model = AutoModelForCausalLM.from_pretrained(model)
         if peft_config is not None:
-            from sppo_kernels.data import require
+            from sppo_kernels.optional import require
 
             model = require("peft").get_peft_model(model, peft_config)
         if args.gradient_checkpointing and hasattr(model, "get_base_model"):

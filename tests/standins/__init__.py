@@ -5,7 +5,7 @@ the real package is importable, tests run on it too, and the stand-in's signatur
 its. To have the real ones beside the environment, not in it (they pin other versions):
 
     pip install --no-deps --target peers verl==0.9.1 openrlhf==0.11.2 axolotl==0.19.0 ...
-    PYTHONPATH=peers python -m pytest tests/test_integration_verl.py
+    PYTHONPATH=peers python -m pytest tests/integrations/test_verl.py
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sppo_kernels import fused_linear_sppo_loss, linear_sequence_logps
-from sppo_kernels.head import Head, HeadProbeError, backbone, find_head
-from sppo_kernels.head_probe import probe_head
 from sppo_kernels.integrations.trl.collator import SoftBatch
+from sppo_kernels.models.head import Head, HeadProbeError, backbone, find_head
+from sppo_kernels.models.probe import probe_head
 from sppo_kernels.trainer.forward import LossForward
 
 # What wrappers add for the model's own loss and outputs, and the base model does not take.

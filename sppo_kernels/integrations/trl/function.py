@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import sppo_kernels as sk
-from sppo_kernels import _validate
+from sppo_kernels import checks
 from sppo_kernels.integrations.trl.versions import Found, Layout, UnsupportedTRLError
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -65,7 +65,7 @@ def fused_logprobs(
     unknown = set(outputs) - {"log_probs", *OPTIONAL}
     if unknown:
         raise ValueError(f"outputs: expected any of {('log_probs', *OPTIONAL)}, got {unknown}")
-    temperature = _validate.positive("temperature", temperature)
+    temperature = checks.positive("temperature", temperature)
     weight, bias = dense("weight", weight), None if bias is None else dense("bias", bias)
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)

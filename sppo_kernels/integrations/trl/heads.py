@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sppo_kernels.integrations.trl.function import Settings, dense
-from sppo_kernels.trainer.head import Head, HeadProbeError
+from sppo_kernels.models.head import Head, HeadProbeError
 
 __all__ = ["HeadProbeError", "check_layer", "effective_head", "guarded"]
 

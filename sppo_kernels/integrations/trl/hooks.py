@@ -95,7 +95,7 @@ def load() -> dict[str, Any]:
     """
     import importlib
 
-    from sppo_kernels.data import require
+    from sppo_kernels.optional import require
 
     trl = require("trl", "trl")
     wanted = [

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sppo_kernels import _validate
+from sppo_kernels import checks
 from sppo_kernels.integrations.trl.function import (
     DEFAULT_BUDGET,
     FusedLogProbs,
@@ -23,7 +23,7 @@ from sppo_kernels.integrations.trl.function import (
 )
 from sppo_kernels.integrations.trl.heads import guarded
 from sppo_kernels.integrations.trl.versions import COMPACT, Found, Layout, detect
-from sppo_kernels.linear_logps import check_budget
+from sppo_kernels.logps.linear import check_budget
 
 __all__ = ["is_patched", "patch", "patched", "unpatch"]
 
@@ -71,7 +71,7 @@ def patch(
         UnsupportedTRLError: it is of no known layout; nothing is replaced.
     """
     global _patch
-    _validate.choice("impl", impl, ("auto", "native", "triton", "reference"))
+    checks.choice("impl", impl, ("auto", "native", "triton", "reference"))
     settings = Settings(check_budget(memory_budget), impl, probe)
     if _patch is not None:
         _assign(_patch.settings, settings)

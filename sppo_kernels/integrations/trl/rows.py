@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sppo_kernels.data import DataError, best_and_worst, canonical_row
+from sppo_kernels.data.rows import DataError, best_and_worst, canonical_row
 
 # loss type -> the columns its win rates are read from
 COLUMNS = {

@@ -9,14 +9,14 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 
-from sppo_kernels.data import DataError
-from sppo_kernels.head import HeadProbeError, causal_lm
+from sppo_kernels.data.rows import DataError
 from sppo_kernels.integrations.trl import hooks, rows
 from sppo_kernels.integrations.trl.collator import DataCollatorForSoftSPPO, SoftBatch
 from sppo_kernels.integrations.trl.config import SoftSPPOConfig
 from sppo_kernels.integrations.trl.forward import SoftForward, install
 from sppo_kernels.integrations.trl.metrics import SoftMetrics
 from sppo_kernels.integrations.trl.reference import with_reference
+from sppo_kernels.models.head import HeadProbeError, causal_lm
 
 _TRL = hooks.load()
 DPOTrainer: Any = _TRL["DPOTrainer"]

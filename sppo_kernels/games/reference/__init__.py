@@ -1,0 +1,1 @@
+"""Eager PyTorch: the specification of the games."""

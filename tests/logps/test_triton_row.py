@@ -1,0 +1,173 @@
+"""Triton: the row kernel of the hidden-in path, against fp64 and autograd."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sppo_kernels.logps.triton import row_logps
+from tests.logps.test_triton_checks import (  # noqa: F401
+    DEVICE,
+    DTYPES,
+    IGNORE,
+    assert_same,
+    assert_within_budget,
+    poisoned_empty,
+    tiny_blocks,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+
+def _reference(z, labels, bias, scale, cap, dtype):
+    """(logp, lse, -d logp/dz) by autograd in the given precision."""
+    active = labels != IGNORE
+    z = torch.where(active[:, None], z, 0).detach().to(dtype).requires_grad_()
+    u = z if bias is None else z + bias.to(dtype)
+    if scale != 1.0:
+        u = scale * u
+    if cap is not None:
+        u = cap * torch.tanh(u / cap)
+    logp = torch.log_softmax(u, -1).gather(-1, labels.clamp_min(0)[:, None])[:, 0] * active
+    (dz,) = torch.autograd.grad(-logp.sum(), z)
+    return logp.detach(), (torch.logsumexp(u, -1) * active).detach(), dz
+
+
+def _check(z, labels, bias, scale, cap):
+    args = (labels, bias, scale, cap)
+    exact = _reference(z, *args, torch.float64)
+    eager = _reference(z, *args, torch.float32)
+    before = z.clone()
+    plain = row_logps(z, *args, IGNORE, False)
+    assert_same(z, before, "z without write_grad")
+    logp, lse = row_logps(z, *args, IGNORE, True)
+    assert torch.equal(logp, plain[0]) and torch.equal(lse, plain[1]), "write_grad changes bits"
+    assert_within_budget(logp, exact[0], eager[0], "logp")
+    assert_within_budget(lse, exact[1], eager[1], "lse")
+    assert_within_budget(z, exact[2], eager[2], "dz")
+    assert (z[labels == IGNORE] == 0).all()
+
+
+def _rows(c, v, dtype, generator, width=None, offset=0):
+    """[c, v] inside a NaN-filled storage, its second row ignored and NaN; and labels."""
+    width = width or v
+    storage = torch.full((offset + c * width,), float("nan"), dtype=dtype, device=DEVICE)
+    z = storage[offset:].view(c, width)[:, :v]
+    z.copy_(torch.randn((c, v), generator=generator) * 4)
+    labels = torch.randint(0, v, (c,), generator=generator).to(DEVICE)
+    if c > 1:
+        labels[1] = IGNORE
+        z[1] = float("nan")
+    return z, labels, storage
+
+
+LAYOUTS = {
+    "whole vectors, several tiles": {"c": 3, "v": 64},
+    "rows start anywhere in a vector": {"c": 9, "v": 37},
+    "tile exactly full": {"c": 2, "v": 16},
+    "a row inside one vector": {"c": 5, "v": 3},
+    "one class": {"c": 3, "v": 1},
+    "one row, two tiles and an edge": {"c": 1, "v": 33},
+    "padded rows of whole vectors": {"c": 3, "v": 40, "width": 48},
+    "padded rows that end inside a vector": {"c": 3, "v": 37, "width": 48},
+    "storage offset inside a vector": {"c": 3, "v": 24, "offset": 3},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_values_and_gradients(layout, dtype, generator):
+    z, labels, storage = _rows(dtype=dtype, generator=generator, **layout)
+    inside = torch.full_like(storage, False, dtype=torch.bool)
+    inside.as_strided(z.shape, z.stride(), z.storage_offset()).fill_(True)
+    with tiny_blocks():
+        _check(z, labels, None, 1.0, None)
+    assert storage[~inside].isnan().all(), "written outside z"
+
+
+TRANSFORMS = {
+    "bias": (True, 1.0, None),
+    "scale": (False, 0.0625, None),
+    "negative scale: -inf outside the row must stay": (False, -0.5, None),
+    "softcap, some logits beyond it": (False, 1.0, 3.0),
+    "softcap far above the logits: tanh near 0": (False, 1.0, 1000.0),
+    "everything": (True, 0.7, 5.0),
+}
+
+
+@pytest.mark.parametrize("vocab", [48, 37], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_bias_scale_and_softcap(transform, vocab, generator):
+    has_bias, scale, cap = transform
+    z, labels, _ = _rows(3, vocab, torch.float32, generator)
+    bias = torch.randn(vocab, generator=generator).to(DEVICE) if has_bias else None
+    with tiny_blocks():
+        _check(z, labels, bias, scale, cap)
+
+
+def test_everything_in_bf16(generator):
+    z, labels, _ = _rows(4, 37, torch.bfloat16, generator)
+    bias = torch.randn(37, generator=generator).to(DEVICE, torch.bfloat16)
+    with tiny_blocks():
+        _check(z, labels, bias, 0.7, 5.0)
+
+
+def test_production_blocks(generator):
+    """Default blocks, more than one tile, an odd vocabulary."""
+    z, labels, _ = _rows(2, 2501, torch.bfloat16, generator)
+    _check(z, labels, None, 1.0, 30.0)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("vocab", [48, 37], ids=["aligned", "unaligned"])
+def test_infinities_nan_and_large_shifts(vocab, cap, generator):
+    inf = float("inf")
+    z = torch.randn((8, vocab), generator=generator)
+    z[0] += 1e4
+    z[1] -= 1e4
+    z[2, 3] = inf
+    z[3, 20] = float("nan")
+    z[4, 5:] = -inf
+    z[5, 0] = -inf
+    z[6] = -inf
+    z[7] = -inf
+    z[7, 0] = 3.0
+    labels = torch.zeros(8, dtype=torch.long)
+    exact = _reference(z, labels, None, 1.0, cap, torch.float64)
+    got = z.to(DEVICE)
+    with tiny_blocks():
+        logp, lse = row_logps(got, labels.to(DEVICE), None, 1.0, cap, IGNORE, True)
+    if cap is None:
+        assert not lse[2].isfinite()  # torch.logsumexp says +inf, log_softmax says NaN
+        lse[2] = exact[1][2]
+    for have, want in ((logp, exact[0]), (lse, exact[1]), (got, exact[2])):
+        torch.testing.assert_close(have.cpu().double(), want, rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("label", [37, -1, 2**40])
+def test_labels_outside_the_vocabulary_give_nan(label, generator):
+    z = torch.randn((3, 37), generator=generator).to(DEVICE)
+    labels = torch.tensor([5, label, 6], device=DEVICE)
+    bias = torch.randn(37, generator=generator).to(DEVICE)
+    with tiny_blocks():
+        logp, _ = row_logps(z, labels, bias, 1.0, None, IGNORE, True)
+    assert logp.isnan().tolist() == [False, True, False]
+    assert z.isnan().all(1).tolist() == [False, True, False]
+    assert not z[::2].isnan().any()
+
+
+def test_two_runs_have_the_same_bits(generator):
+    z, labels, _ = _rows(3, 37, torch.bfloat16, generator)
+    copy = z.clone()
+    with tiny_blocks():
+        first = row_logps(z, labels, None, 1.0, 5.0, IGNORE, True)
+        second = row_logps(copy, labels, None, 1.0, 5.0, IGNORE, True)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert torch.equal(z, copy)
+
+
+def test_no_rows():
+    z = torch.zeros((0, 5), device=DEVICE)
+    labels = torch.zeros(0, dtype=torch.long, device=DEVICE)
+    logp, lse = row_logps(z, labels, None, 1.0, None, IGNORE, True)
+    assert logp.shape == lse.shape == (0,)
