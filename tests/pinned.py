@@ -335,10 +335,10 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield from loop_cases()
 
 
-def current() -> dict[str, str]:
-    """Every case's hash, here and now, on one thread."""
+def current(only: str = "") -> dict[str, str]:
+    """Every case's hash (of names that hold `only`), here and now, on one thread."""
     torch.set_num_threads(1)
-    return {name: digest(run()) for name, run in cases()}
+    return {name: digest(run()) for name, run in cases() if only in name}
 
 
 def differences(found: dict[str, str], recorded: dict[str, str]) -> list[str]:
@@ -349,14 +349,18 @@ def differences(found: dict[str, str], recorded: dict[str, str]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="record this machine's hashes")
-    write = parser.parse_args().write
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    args = parser.parse_args()
+    write = args.write
     table = json.loads(FILE.read_text()) if FILE.exists() else {}
-    found, recorded = current(), table.get(machine())
+    found, recorded = current(args.only), table.get(machine())
+    if recorded is not None:
+        recorded = {name: value for name, value in recorded.items() if args.only in name}
     if recorded is not None:
         for name in differences(found, recorded):
             print(f"differs: {name}")
     if write:
-        table[machine()] = found
+        table[machine()] = table.get(machine(), {}) | found if args.only else found
         FILE.write_text(json.dumps(table, indent=1) + "\n")
     print(f"{len(found)} cases, {machine()}")
     if recorded is None and not write:

@@ -259,15 +259,15 @@ def tune(
 
 
 def _versions(device_name: str) -> dict[str, str]:
-    import triton
+    from importlib.metadata import version
 
-    import sppo_kernels
+    import triton
 
     return {
         "device": device_name,
         "triton": triton.__version__,
         "torch": torch.__version__,
-        "sppo_kernels": sppo_kernels.__version__,
+        "sppo_kernels": version("sppo-kernels"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
