@@ -159,7 +159,7 @@ def test_a_killed_process_resumes(start, prompts, tmp_path, whole_run):
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 900
     while not list(tmp_path.rglob("judged.parquet")) and time.monotonic() < deadline:
         time.sleep(0.02)  # killed as soon as training begins
     process.send_signal(signal.SIGKILL)

@@ -13,6 +13,7 @@ from tests.logps.test_triton_checks import (  # noqa: F401
     assert_same,
     assert_within_budget,
     poisoned_empty,
+    sizes,
     tiny_blocks,
 )
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
 def _reference(z, labels, bias, scale, cap, dtype):
-    """(logp, lse, -d logp/dz) by autograd in the given precision."""
+    """(logp, lse, -d logp/dz) by autograd in the given precision; their sizes."""
     active = labels != IGNORE
     z = torch.where(active[:, None], z, 0).detach().to(dtype).requires_grad_()
     u = z if bias is None else z + bias.to(dtype)
@@ -29,22 +30,24 @@ def _reference(z, labels, bias, scale, cap, dtype):
     if cap is not None:
         u = cap * torch.tanh(u / cap)
     logp = torch.log_softmax(u, -1).gather(-1, labels.clamp_min(0)[:, None])[:, 0] * active
-    (dz,) = torch.autograd.grad(-logp.sum(), z)
-    return logp.detach(), (torch.logsumexp(u, -1) * active).detach(), dz
+    (dz,) = torch.autograd.grad(-logp.sum(), z, retain_graph=True)
+    (slope,) = torch.autograd.grad(u.sum(), z)
+    of_logp, of_lse, of_p = sizes(u, labels)
+    values = logp.detach(), (torch.logsumexp(u, -1) * active).detach(), dz
+    return *values, (of_logp, of_lse, slope.abs() * of_p)
 
 
 def _check(z, labels, bias, scale, cap):
     args = (labels, bias, scale, cap)
-    exact = _reference(z, *args, torch.float64)
-    eager = _reference(z, *args, torch.float32)
+    *exact, size = _reference(z, *args, torch.float64)
+    *eager, _ = _reference(z, *args, torch.float32)
     before = z.clone()
     plain = row_logps(z, *args, IGNORE, False)
     assert_same(z, before, "z without write_grad")
     logp, lse = row_logps(z, *args, IGNORE, True)
     assert torch.equal(logp, plain[0]) and torch.equal(lse, plain[1]), "write_grad changes bits"
-    assert_within_budget(logp, exact[0], eager[0], "logp")
-    assert_within_budget(lse, exact[1], eager[1], "lse")
-    assert_within_budget(z, exact[2], eager[2], "dz")
+    for i, (got, name) in enumerate(((logp, "logp"), (lse, "lse"), (z, "dz"))):
+        assert_within_budget(got, eager[i], exact[i], name, size=size[i])
     assert (z[labels == IGNORE] == 0).all()
 
 

@@ -120,13 +120,13 @@ def test_loss_and_coefficients(case, win_units, generator):
         token_logps_backward(-coef, logits, labels, logp, norm, IGNORE, logits)
     names = ("loss", "logps", "coef", "dlogits")
     got = (loss, logps, coef, logits)
-    # One unit of what is subtracted in the residual, and what it does to the loss and coefficients.
-    delta = torch.finfo(torch.float32).eps * (exact[1].abs() + ref.double().abs())
+    # What is subtracted in the residual, and what its rounding does to the loss and coefficients.
+    delta = exact[1].abs() + ref.double().abs()
     curvature = 2 * scale.double() / (eta**2 if win_units else 1)
     slope, of_coef = (2 * curvature * exact[0]).sqrt(), (curvature * delta).max()
-    rounding = (slope * delta, delta, of_coef, of_coef)
-    for name, g, e, f, r in zip(names, got, exact, eager, rounding, strict=True):
-        assert_within_budget(g, e, f, name, r)
+    sizes = (slope * delta, delta, of_coef, of_coef)
+    for name, g, e, f, size in zip(names, got, eager, exact, sizes, strict=True):
+        assert_within_budget(g, e, f, name, size=size)
     assert coef[0, 1] == 0 and (coef.flatten()[cu[-1] :] == 0).all()
     for first, second in zip((loss, logps, coef, logp, norm), again, strict=True):
         assert torch.equal(first, second)
