@@ -262,7 +262,7 @@ def test_bad_arguments_are_named(impl):
     cases = [
         (lambda: nash(p, method="lp", impl=impl), "method: .*'lp'"),
         (lambda: nash(p + 1, impl=impl), r"P: .*\[0, 1\]"),
-        (lambda: regularized_nash(p, tau=0.0, impl=impl), "tau: .*positive.*0.0"),
+        (lambda: regularized_nash(p, tau=0.0, impl=impl), "tau: .*number above 0, got 0.0"),
         (lambda: regularized_nash(p, tau=float("nan"), impl=impl), "tau: "),
         (lambda: regularized_nash(p, [1.0, 1.0], impl=impl), r"mu: expected shape \[3\]"),
         (lambda: regularized_nash(p, [1.0, -1.0, 1.0], impl=impl), "mu: expected positive"),
