@@ -176,10 +176,10 @@ def _hooks(head: bool, logits: bool, loss: str) -> Iterator[Hook]:
     if loss == "sppo":
         sides = "policy_chosen_logps, policy_rejected_logps"
         sides += ", " + sides.replace("policy", "reference")
-        yield Hook("openrlhf.models.loss:DPOLoss", "forward", f"self, {sides}")
         yield Hook(
             "openrlhf.models.loss", "DPOLoss", "beta, label_smoothing, ipo", lambda _: SPPOLoss
         )
+        yield Hook("openrlhf.models.loss:DPOLoss", "forward", f"self, {sides}")
 
 
 def patch(*, loss: str = "dpo", head: bool = True, logits: bool = True) -> None:
