@@ -23,6 +23,11 @@ CHOICES = {
 }
 
 
+def setting(default: Any, help: str) -> Any:
+    """A field of a configuration, with its help on the command line."""
+    return field(default=default, metadata={"help": help})
+
+
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
@@ -32,19 +37,13 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 class LossConfig:
     """How the fused loss runs, in the configuration of any trainer that has `eta`."""
 
-    loss_units: str = field(
-        default="win_rate",
-        metadata={
-            "help": "'win_rate': the residual divided by eta, of order 1, so that gradient "
-            "clipping of other losses fits; 'log_ratio': in nats, the paper's."
-        },
+    loss_units: str = setting(
+        "win_rate",
+        "'win_rate': the residual divided by eta, of order 1, so that gradient "
+        "clipping of other losses fits; 'log_ratio': in nats, the paper's.",
     )
-    memory_budget: int | None = field(
-        default=None, metadata={"help": "Bytes the fused loss may hold for logits."}
-    )
-    impl: str = field(
-        default="auto", metadata={"help": "Backend: 'auto', 'reference', 'triton' or 'native'."}
-    )
+    memory_budget: int | None = setting(None, "Bytes the fused loss may hold for logits.")
+    impl: str = setting("auto", "Backend: 'auto', 'reference', 'triton' or 'native'.")
 
     def loss_settings(self) -> dict[str, Any]:
         """Arguments of the fused loss."""
@@ -67,77 +66,50 @@ class SPPOConfig(LossConfig, TrainingArguments):
     A batch is `per_device_train_batch_size` prompts with all their responses.
     """
 
-    learning_rate: float = field(default=5e-7, metadata={"help": "Initial learning rate."})
-    eta: float = field(
-        default=1000.0, metadata={"help": "Step size of self-play, 1/beta of the paper."}
+    learning_rate: float = setting(5e-7, "Initial learning rate.")
+    eta: float = setting(1000.0, "Step size of self-play, 1/beta of the paper.")
+    objective: str = setting(
+        "sppo",
+        "'sppo', or a kind of pairwise_loss on the best and worst response: 'dpo', "
+        "'ipo', 'simpo', ... (docs/objectives.md).",
     )
-    objective: str = field(
-        default="sppo",
-        metadata={
-            "help": "'sppo', or a kind of pairwise_loss on the best and worst response: 'dpo', "
-            "'ipo', 'simpo', ... (docs/objectives.md)."
-        },
+    beta: float | None = setting(
+        None,
+        "Beta of a pairwise objective (default: 1/eta for 'sppo_hard' and "
+        "'sppo_single', dpo_beta for the others).",
     )
-    beta: float | None = field(
-        default=None,
-        metadata={
-            "help": "Beta of a pairwise objective (default: 1/eta for 'sppo_hard' and "
-            "'sppo_single', dpo_beta for the others)."
-        },
-    )
-    dpo_beta: float = field(
-        default=0.1, metadata={"help": "Beta of pairwise objectives when beta is not given."}
-    )
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "Of the pairwise objectives that take it."}
-    )
+    dpo_beta: float = setting(0.1, "Beta of pairwise objectives when beta is not given.")
+    label_smoothing: float = setting(0.0, "Of the pairwise objectives that take it.")
     objective_settings: dict | str | None = field(
         default=None,
         metadata={
             "help": "Other numbers of a pairwise objective, as a dict or JSON: '{\"margin\": 0.5}'."
         },
     )
-    pairs: str = field(
-        default="all",
-        metadata={"help": "'all' K responses, or the 'best_worst' pair of the released recipe."},
+    pairs: str = setting(
+        "all", "'all' K responses, or the 'best_worst' pair of the released recipe."
     )
-    max_length: int = field(
-        default=2048, metadata={"help": "Most tokens of a prompt and one response together."}
+    max_length: int = setting(2048, "Most tokens of a prompt and one response together.")
+    overlong: str = setting(
+        "refuse", "Responses over max_length: 'refuse' (an error), 'drop' the prompt, 'truncate'."
     )
-    overlong: str = field(
-        default="refuse",
-        metadata={
-            "help": "Responses over max_length: 'refuse' (an error), 'drop' the prompt, 'truncate'."
-        },
+    packing: str = setting(
+        "auto",
+        "'shared': no padding and each prompt computed once for its K responses; "
+        "'padded'; 'auto': shared where the model allows.",
     )
-    packing: str = field(
-        default="auto",
-        metadata={
-            "help": "'shared': no padding and each prompt computed once for its K responses; "
-            "'padded'; 'auto': shared where the model allows."
-        },
+    head: str = setting(
+        "auto",
+        "'fused': from hidden states, an error when the head is not understood; "
+        "'logits': from logits; 'auto': fused, or logits with the reason logged.",
     )
-    head: str = field(
-        default="auto",
-        metadata={
-            "help": "'fused': from hidden states, an error when the head is not understood; "
-            "'logits': from logits; 'auto': fused, or logits with the reason logged."
-        },
+    length_bucketing: bool = setting(True, "Batches of similar lengths when batches are padded.")
+    append_eos: bool = setting(True, "End responses given as text with the tokenizer's end token.")
+    reference_batch_size: int | None = setting(
+        None, "Prompts a batch for reference log-probs (default: the eval one)."
     )
-    length_bucketing: bool = field(
-        default=True, metadata={"help": "Batches of similar lengths when batches are padded."}
-    )
-    append_eos: bool = field(
-        default=True,
-        metadata={"help": "End responses given as text with the tokenizer's end token."},
-    )
-    reference_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Prompts a batch for reference log-probs (default: the eval one)."},
-    )
-    reference_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder of the reference log-probs (default: in output_dir)."},
+    reference_cache: str | None = setting(
+        None, "Folder of the reference log-probs (default: in output_dir)."
     )
 
     def __post_init__(self) -> None:
