@@ -23,7 +23,6 @@ from sppo_kernels.integrations.trl.function import (
 )
 from sppo_kernels.integrations.trl.heads import guarded
 from sppo_kernels.integrations.trl.versions import COMPACT, Found, Layout, detect
-from sppo_kernels.logps.linear import check_budget
 
 __all__ = ["is_patched", "patch", "patched", "unpatch"]
 
@@ -72,7 +71,7 @@ def patch(
     """
     global _patch
     checks.choice("impl", impl, ("auto", "native", "triton", "reference"))
-    settings = Settings(check_budget(memory_budget), impl, probe)
+    settings = Settings(checks.budget(memory_budget), impl, probe)
     if _patch is not None:
         _assign(_patch.settings, settings)
         return _patch.found.layout
