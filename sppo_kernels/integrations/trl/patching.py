@@ -28,7 +28,6 @@ from sppo_kernels.integrations.trl.versions import (
     Layout,
     detect,
 )
-from sppo_kernels.logps.linear import check_budget
 
 __all__ = ["is_patched", "patch", "patched", "unpatch"]
 
@@ -70,7 +69,7 @@ def patch(
     """
     global _found
     checks.choice("impl", impl, ("auto", "native", "triton", "reference"))
-    options = Settings(check_budget(memory_budget), impl, probe)
+    options = Settings(checks.budget(memory_budget), impl, probe)
     if not is_patched():
         found = detect()
         prove(found)
