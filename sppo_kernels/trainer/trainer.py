@@ -104,12 +104,10 @@ class SPPOTrainer(Trainer):
                 examples,
                 head=self.args.head,
                 packing_mode=self.args.packing,
-                impl=self.args.impl,
                 device=self.args.device,
                 settings=self._loss_settings(),
             )
             self.collator.packed = packed
-            self._forward.install()
         for name in ("train", "eval"):
             data = getattr(self, f"{name}_dataset")
             if data is not None and name not in self._referenced:
@@ -125,10 +123,7 @@ class SPPOTrainer(Trainer):
         return settings
 
     def release(self) -> None:
-        """Give the model its own forward back."""
-        if self._forward is not None:
-            self._forward.remove()
-            self._forward = None
+        """Nothing is left in the model between calls; kept for callers."""
 
     def _with_reference(self, data: Any, name: str) -> Any:
         if all(x is not None for x in data["ref_logps"]):
@@ -172,7 +167,7 @@ class SPPOTrainer(Trainer):
                 batch = self.collator([{**data[i], "ref_logps": None} for i in chosen])
                 host = batch.pop("sppo")
                 batch = {k: v.to(self.args.device) for k, v in batch.items()}
-                _, logps = forward.loss(host, **batch)
+                _, logps, _ = forward.loss(model, host, **batch)
                 parts = reference.split_groups(logps.float().cpu(), host.groups)
                 found.update(zip(chosen, parts, strict=True))
                 bar.update(len(chosen))
@@ -194,7 +189,6 @@ class SPPOTrainer(Trainer):
             [(self.train_dataset if self.train_dataset is not None else self.eval_dataset)[0]],
             head=self.args.head,
             packing_mode="shared" if self.collator.packed else "padded",
-            impl=self.args.impl,
             device=self.args.device,
             settings=self._forward.settings,
         )
@@ -220,9 +214,9 @@ class SPPOTrainer(Trainer):
         batch = {k: v.to(self.args.device) for k, v in batch.items()}
         with self.autocast():
             with torch.no_grad():
-                _, logps = self._forward.loss(host, **batch)
+                _, logps, _ = self._forward.loss(self.model, host, **batch)
             host.ref_logps = logps.cpu()
-            loss, again = self._forward.loss(host, **batch)
+            loss, again, _ = self._forward.loss(self.model, host, **batch)
         from sppo_kernels import sppo_loss
 
         expected = sppo_loss(
@@ -292,7 +286,8 @@ class SPPOTrainer(Trainer):
     ) -> Any:
         """Mean loss of the responses; accumulated batches weigh by their number of responses."""
         host = inputs["sppo"]
-        loss, logps = model(**inputs)
+        inputs = {name: value for name, value in inputs.items() if name != "sppo"}
+        loss, logps, _ = self._forward.loss(model, host, **inputs)
         store = self._stores["train" if model.training else "eval"]
         store.add(logps, host)
         if num_items_in_batch is not None and model.training:
