@@ -37,7 +37,8 @@ def adapter(request, monkeypatch):
     """An adapter, the state behind its patch(), and patch() with all options."""
     name, kind = request.param
     if name == "trl":
-        pytest.importorskip("trl.trainer.dpo_trainer")
+        pytest.importorskip("trl", minversion="1.1")
+        importlib.import_module("trl.trainer.dpo_trainer")
     elif name == "liger":
         pytest.importorskip("liger_kernel.chunked_loss")
     else:
