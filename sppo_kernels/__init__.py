@@ -11,9 +11,13 @@ from sppo_kernels.games.targets import (
     symmetrize,
     win_rates,
 )
-from sppo_kernels.logps.linear import linear_sequence_logps, linear_token_logps
-from sppo_kernels.logps.stats import linear_token_stats
-from sppo_kernels.logps.token import sequence_logps, token_logps
+from sppo_kernels.logps import (
+    linear_sequence_logps,
+    linear_token_logps,
+    linear_token_stats,
+    sequence_logps,
+    token_logps,
+)
 from sppo_kernels.loss.modules import FusedLinearSPPOLoss, FusedSPPOLoss, PairwiseLoss, SPPOLoss
 from sppo_kernels.loss.pairwise import pairwise_loss
 from sppo_kernels.loss.sppo import fused_linear_sppo_loss, fused_sppo_loss, sppo_loss
