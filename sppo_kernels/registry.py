@@ -24,6 +24,7 @@ from torch import Tensor
 
 NAMESPACE = "sppo_kernels"
 lib = torch.library.Library(NAMESPACE, "FRAGMENT")
+kernels: dict[str, Callable] = {}  # what `kernel` registered, by operator
 
 
 def define(name: str, schema: str) -> None:
@@ -55,6 +56,7 @@ def kernel(name: str) -> Callable[[Callable], Callable]:
 
         for key in ("CPU", "CUDA"):
             lib.impl(name, run, key)
+        kernels[name] = function
         return function
 
     return register

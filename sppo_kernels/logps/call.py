@@ -1,8 +1,8 @@
 """One hidden-in call, checked once and carried from the public function to the kernel.
 
-The operators of torch take flat arguments, so `LinearCall` is a tuple in the order of their schemas:
-`op(*call, ...)` hands it over, `LinearCall.taken` takes it back, `save` and `saved` bring it through
-an autograd context.
+The operators of torch take flat arguments, so `LinearCall` is a tuple in the order of their
+schemas: `op(*call, ...)` hands it over, `LinearCall.taken` takes it back, `save` and `saved` bring
+it through an autograd context.
 """
 
 from __future__ import annotations

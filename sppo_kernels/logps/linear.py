@@ -201,6 +201,8 @@ def linear_token_logps(
         hidden, weight, bias, labels, rows, logit_scale, softcap, ignore_index, memory_budget, impl
     )
     return logps_of(call).view(labels.shape)
+
+
 def linear_sequence_logps(
     hidden: Tensor,
     weight: Tensor,

@@ -1,6 +1,6 @@
 """Eager PyTorch: the specification. Differentiable (twice, too), any device, float64-able.
 
-log p(y) = log_softmax(u)[y], u = softcap·tanh(v / softcap), v = logit_scale·(hidden weightᵀ + bias),
+log p(y) = log_softmax(u)[y], u = softcap·tanh(v / softcap), v = scale·(hidden weightᵀ + bias),
 in at least float32. It holds all logits: N·V elements a step, and several of them for a gradient.
 """
 

@@ -3,7 +3,7 @@
 At the end of a group its residuals r (residual.py), hence its rows' coefficients for an upstream
 gradient of 1, are known: 3U flops still, where the gradient of the logits of all rows does not fit
 (docs/math.md, section 3). Gradients leave forward in float32, or in the weight's dtype if that is
-wide enough, and backward multiplies them by the upstream gradient. Test: tests/logps/test_linear.py.
+wide enough, and backward multiplies them by the upstream gradient. Tests: test_linear.py.
 """
 
 from __future__ import annotations

@@ -99,12 +99,10 @@ class SPPOTrainer(Trainer):
                 self._first_examples(2),
                 head=self.args.head,
                 packing_mode=self.args.packing,
-                impl=self.args.impl,
                 device=self.args.device,
                 settings=self._loss_settings(),
             )
             self.collator.packed = packed
-            self._forward.install()
         for name in ("train", "eval"):
             data = getattr(self, f"{name}_dataset")
             if data is not None and name not in self._referenced:
@@ -122,10 +120,7 @@ class SPPOTrainer(Trainer):
         return settings
 
     def release(self) -> None:
-        """Give the model its own forward back."""
-        if self._forward is not None:
-            self._forward.remove()
-            self._forward = None
+        """Nothing is left in the model between calls; kept for callers."""
 
     def _with_reference(self, data: Any, name: str) -> Any:
         if all(x is not None for x in data["ref_logps"]):
@@ -149,7 +144,7 @@ class SPPOTrainer(Trainer):
 
         def logps(batch: dict[str, Any]) -> Tensor:
             host = batch.pop("sppo")
-            return forward.loss(host, **batch)[1]
+            return forward.loss(model, host, **batch)[1]
 
         size = self.args.reference_batch_size or self.args.per_device_eval_batch_size
         adapters = getattr(model, "disable_adapter", contextlib.nullcontext)
@@ -166,7 +161,6 @@ class SPPOTrainer(Trainer):
             self._first_examples(1),
             head=self.args.head,
             packing_mode="shared" if self.collator.packed else "padded",
-            impl=self.args.impl,
             device=self.args.device,
             settings=self._forward.settings,
         )
@@ -192,9 +186,9 @@ class SPPOTrainer(Trainer):
         batch = {k: v.to(self.args.device) for k, v in batch.items()}
         with self.autocast():
             with torch.no_grad():
-                _, logps = self._forward.loss(host, **batch)
+                _, logps, _ = self._forward.loss(self.model, host, **batch)
             host.ref_logps = logps.cpu()
-            loss, again = self._forward.loss(host, **batch)
+            loss, again, _ = self._forward.loss(self.model, host, **batch)
         win, settings = host.win_rate.to(logps.device), self.args.loss_settings()
         expected = sppo_loss(logps, logps, win, eta=settings["eta"], units=settings["units"])
         if not torch.allclose(loss.detach(), expected, rtol=1e-6, atol=0):
@@ -257,7 +251,8 @@ class SPPOTrainer(Trainer):
     ) -> Any:
         """Mean loss of the responses; accumulated batches weigh by their number of responses."""
         host = inputs["sppo"]
-        loss, logps = model(**inputs)
+        inputs = {name: value for name, value in inputs.items() if name != "sppo"}
+        loss, logps, _ = self._forward.loss(model, host, **inputs)
         store = self._stores["train" if model.training else "eval"]
         store.add(logps, host)
         if num_items_in_batch is not None and model.training:

@@ -7,8 +7,8 @@ import torch
 
 import sppo_kernels as sk
 from sppo_kernels.logps import linear as linear_logps
-from sppo_kernels.logps import streaming_stats
-from sppo_kernels.logps.stats import TOKEN_STATS
+from sppo_kernels.logps import streaming
+from sppo_kernels.logps.linear import TOKEN_STATS
 from sppo_kernels.testing import assert_within_budget, poisoned_empty, relative_error, sensitivity
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -201,7 +201,7 @@ def test_without_an_entropy_gradient_it_is_linear_token_logps(generator, dtype, 
     def never(*args):
         raise AssertionError("the logits are recomputed although the entropy has no gradient")
 
-    monkeypatch.setattr(streaming_stats, "gradient", never)
+    monkeypatch.setattr(streaming, "recomputed", never)
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
     logps = sk.linear_token_logps(leaves[0], leaves[1], labels, bias=leaves[2], impl="native")
     logps.backward(upstream)

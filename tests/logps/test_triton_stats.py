@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 import sppo_kernels as sk
 from sppo_kernels.logps import linear as linear_logps
 from sppo_kernels.logps import reference
-from sppo_kernels.logps.stats import TOKEN_STATS
+from sppo_kernels.logps.linear import TOKEN_STATS
 from sppo_kernels.logps.triton import row_stats, row_stats_backward
 from sppo_kernels.testing import assert_within_budget as assert_error
 from tests.logps.test_triton_checks import (  # noqa: F401

@@ -16,10 +16,11 @@ from sppo_kernels.data.rows import DataError
 from sppo_kernels.integrations.trl import hooks, rows
 from sppo_kernels.integrations.trl.collator import DataCollatorForSoftSPPO, SoftBatch
 from sppo_kernels.integrations.trl.config import SoftSPPOConfig
-from sppo_kernels.integrations.trl.forward import SoftForward, install
 from sppo_kernels.integrations.trl.metrics import trl_metrics
-from sppo_kernels.models.head import HeadProbeError, causal_lm
+from sppo_kernels.models.probe import checked_head
+from sppo_kernels.models.refusals import HeadProbeError
 from sppo_kernels.trainer import reference
+from sppo_kernels.trainer.forward import LossForward
 from sppo_kernels.trainer.metrics import MetricStore
 
 _TRL = hooks.load()
@@ -70,9 +71,7 @@ class SoftSPPOTrainer(DPOTrainer):
         if not isinstance(args, SoftSPPOConfig):
             raise TypeError(f"args: expected SoftSPPOConfig, got {type(args).__name__}")
         self._soft = args.soft
-        self._forward: SoftForward | None = None
-        self._ref_forward: SoftForward | None = None
-        self._ref_given = ref_model is not None
+        self._forward: LossForward | None = None
         if self._soft is None:  # a loss of TRL's: the parent does everything
             self._name, self._paper = DPOTrainer._name, DPOTrainer._paper
             self._tag_names = DPOTrainer._tag_names
@@ -103,16 +102,12 @@ class SoftSPPOTrainer(DPOTrainer):
             self.data_collator = DataCollatorForSoftSPPO(
                 **{name: getattr(self.data_collator, name) for name in names}
             )
-        settings = self.args.loss_settings()
-        policy = self.accelerator.unwrap_model(self.model)
-        # Prompt learning is PEFT's own forward around ours, so the model in it is what counts.
-        lm = policy.get_base_model() if is_peft_model(policy) else causal_lm(policy)
-        forward = install(lm, settings)
-        if self.ref_model is not None:
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            like = forward if sharded or not self._ref_given else None
-            self._ref_forward = install(causal_lm(self.ref_model), settings, like)
-        self._forward = forward
+        args = self.args
+        checked_head(self.model, impl=args.impl)
+        # a sharded reference is compared at its first call, when all ranks make it whole
+        if self.ref_model is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            checked_head(self.ref_model, impl=args.impl)
+        self._forward = LossForward(args.loss_settings())
 
     def _refuse_parallelism(self) -> None:
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
@@ -135,11 +130,7 @@ class SoftSPPOTrainer(DPOTrainer):
                 )
 
     def release(self) -> None:
-        """Take the fused loss out of policy and reference again."""
-        for forward in (self._forward, self._ref_forward):
-            if forward is not None:
-                forward.remove()
-        self._forward = self._ref_forward = None
+        """Nothing is left in the models between calls; kept for callers."""
 
     # --- data -------------------------------------------------------------------------------------
 
@@ -231,7 +222,7 @@ class SoftSPPOTrainer(DPOTrainer):
             self.model, self.args.gradient_checkpointing_kwargs
         )
         with torch.no_grad(), checkpointing, adapters, self.accelerator.autocast():
-            return model(**_tensors(inputs), sppo=host.replaced(None))
+            return self._forward.loss(model, host.replaced(None), **_tensors(inputs))[1]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self._soft is None:
@@ -242,11 +233,13 @@ class SoftSPPOTrainer(DPOTrainer):
             ref = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         elif ref is None:
             raise DataError("precompute_ref_log_probs=True, but rows have no ref_logps")
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         # the reference's precision, whatever the wrappers of the model set
         with self.accelerator.autocast():
-            loss, logps, aux = model(
-                **_tensors(inputs), sppo=host.replaced(ref, router=self.aux_loss_enabled)
+            loss, logps, output = self._forward.loss(
+                model, host.replaced(ref), **_tensors(inputs), **router
             )
+        aux = output.aux_loss if self.aux_loss_enabled else None
         # TRL's sppo_hard is the sum over a pair, the released soft losses are its mean
         factor = self.loss_weights[0] * (2.0 if self._soft == "sppo_hard" else 1.0)
         loss = loss * factor
