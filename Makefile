@@ -1,4 +1,4 @@
-# setup demo test lint bench gpu; PYTHON and TORCH may be overridden: make setup TORCH="torch==2.11.0"
+# setup demo test lint rooms bench gpu; PYTHON and TORCH may be overridden: make setup TORCH="torch==2.11.0"
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -10,7 +10,7 @@ BENCH_BUDGET ?= 575
 # The environment of `setup` comes first where it exists; without it, the machine's own python.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup build demo example test lint format bench gpu clean
+.PHONY: setup build demo example test lint rooms format bench gpu clean
 
 setup: $(VENV)/.ready build
 
@@ -37,6 +37,10 @@ lint: setup
 	ruff check .
 	ruff format --check .
 	clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
+
+# Lines of each room, and a failure on an import that the table of rooms does not allow.
+rooms: setup
+	python -m tests.test_rooms
 
 format: setup
 	ruff check --fix .

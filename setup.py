@@ -3,7 +3,8 @@
 The extension uses LibTorch's stable ABI, so one binary serves every torch from 2.10 on. The `.cu`
 files are free of torch headers: they compile against a CPU-only torch, and no GPU is ever looked
 for. `FORCE_CUDA=1` makes a missing toolkit an error, `FORCE_CUDA=0` leaves CUDA out. Without a
-compiler or without torch at build time, the package is installed without the extension.
+compiler or without torch at build time, or with `SPPO_KERNELS_NATIVE=0`, the package is installed
+without the extension. `SPPO_KERNELS_DEBUG=1` keeps debug information.
 """
 
 import os
@@ -22,6 +23,7 @@ CSRC = Path("csrc")
 TORCH_TARGET_VERSION = "0x020a000000000000"  # stable ABI of torch 2.10
 CUDA_ARCHS = os.environ.get("SPPO_KERNELS_CUDA_ARCHS", "80;90;100").split(";")
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+DEBUG = os.environ.get("SPPO_KERNELS_DEBUG") == "1"
 
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-ffp-contract=fast"]
 # A file whose name ends so is compiled for that instruction set and chosen at run time.
@@ -70,6 +72,9 @@ class BuildNative(build_ext):
     """Compiles each source with the flags its name asks for, in parallel, CUDA through nvcc."""
 
     def run(self) -> None:
+        if os.environ.get("SPPO_KERNELS_NATIVE") == "0":
+            self._skip("SPPO_KERNELS_NATIVE=0 is set")
+            return
         if torch_paths() is None:
             self._skip("torch is not importable in the build environment")
             return
@@ -99,6 +104,7 @@ class BuildNative(build_ext):
         cxx = list(self.compiler.compiler_so_cxx or self.compiler.compiler_so)
         flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fopenmp-simd"]
         flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
+        flags += ["-g"] if DEBUG else ["-g0"]  # after Python's own -g
         defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DNDEBUG"]
         if home is not None:
             defines.append("-DSPPO_WITH_CUDA=1")
@@ -115,6 +121,7 @@ class BuildNative(build_ext):
                     gencode.append("-fmad=false")
                 return [
                     *(str(home / "bin" / "nvcc"), "-O3", "-std=c++17", f"-I{CSRC}", *gencode),
+                    *("-Xfatbin", "-compress-all"),
                     *("-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2"),
                     *("-c", str(source), "-o", str(target)),
                 ]
@@ -149,6 +156,7 @@ class BuildNative(build_ext):
 
         objects = [str(build / f"{s.parent.name}_{s.name}.o") for s in sources]
         link = ["-Wl,--no-as-needed"] if sys.platform.startswith("linux") else []
+        link += ["-Wl,--strip-all"] if sys.platform.startswith("linux") and not DEBUG else []
         libraries, library_dirs = ["c10", "torch", "torch_cpu"], [lib]
         if home is not None:
             libraries += ["cudart_static", "dl", "rt", "pthread"]

@@ -2,10 +2,20 @@
 
 from sppo_kernels.games.comparisons import aggregate, load_comparisons
 from sppo_kernels.games.solvers import bradley_terry, nash, regularized_nash, tournament
-from sppo_kernels.games.targets import select_pairs, sppo_targets, symmetrize, win_rates
-from sppo_kernels.logps.linear import linear_sequence_logps, linear_token_logps
-from sppo_kernels.logps.stats import linear_token_stats
-from sppo_kernels.logps.token import sequence_logps, token_logps
+from sppo_kernels.games.targets import (
+    preference_targets,
+    select_pairs,
+    sppo_targets,
+    symmetrize,
+    win_rates,
+)
+from sppo_kernels.logps import (
+    linear_sequence_logps,
+    linear_token_logps,
+    linear_token_stats,
+    sequence_logps,
+    token_logps,
+)
 from sppo_kernels.loss.modules import FusedLinearSPPOLoss, FusedSPPOLoss, PairwiseLoss, SPPOLoss
 from sppo_kernels.loss.pairwise import pairwise_loss
 from sppo_kernels.loss.sppo import fused_linear_sppo_loss, fused_sppo_loss, sppo_loss
@@ -47,6 +57,7 @@ __all__ = [
     "load_comparisons",
     "nash",
     "pairwise_loss",
+    "preference_targets",
     "regularized_nash",
     "select_pairs",
     "sequence_logps",

@@ -117,26 +117,21 @@ def offsets(cu_seqlens: object, rows: int) -> Tensor:
     return value.contiguous()
 
 
-def win_rates(win_rate: Tensor, name: str = "win_rate") -> None:
-    if not can_read(win_rate):
-        return
-    bad = ~((win_rate >= 0) & (win_rate <= 1))
-    if bool(bad.any()):
-        where = int(bad.nonzero()[0])
-        raise ValueError(
-            f"{name}: expected values in [0, 1], got {win_rate[where].item()} at {where}"
-        )
+def _all_values(name: str, value: Tensor, good: Tensor, expected: str) -> None:
+    if not bool(good.all()):
+        where = int((~good).nonzero()[0])
+        raise ValueError(f"{name}: expected {expected}, got {value[where].item()} at {where}")
+
+
+def win_rates(value: Tensor, name: str = "win_rate") -> None:
+    if can_read(value):
+        _all_values(name, value, (value >= 0) & (value <= 1), "values in [0, 1]")
 
 
 def weights(value: Tensor, name: str = "weights") -> None:
-    if not can_read(value):
-        return
-    bad = ~((value >= 0) & value.isfinite())
-    if bool(bad.any()):
-        where = int(bad.nonzero()[0])
-        raise ValueError(
-            f"{name}: expected finite values of at least 0, got {value[where].item()} at {where}"
-        )
+    if can_read(value):
+        good = (value >= 0) & value.isfinite()
+        _all_values(name, value, good, "finite values of at least 0")
 
 
 def positive(name: str, value: object) -> float:
@@ -145,6 +140,11 @@ def positive(name: str, value: object) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")
     return float(value)
+
+
+def budget(value: object) -> int | None:
+    """memory_budget: bytes above 0, or None for no bound."""
+    return None if value is None else int(positive("memory_budget", value))
 
 
 def choice(name: str, value: object, allowed: tuple[str, ...]) -> str:

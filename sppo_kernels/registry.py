@@ -5,8 +5,8 @@
     @fake("name")
     def _(x, impl): ...
 
-    @kernel
-    def name(x, impl): ...
+    @kernel("name")
+    def _(x, impl): ...
 
     formula("name", backward, save)
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 NAMESPACE = "sppo_kernels"
 lib = torch.library.Library(NAMESPACE, "FRAGMENT")
+kernels: dict[str, Callable] = {}  # what `kernel` registered, by operator
 
 
 def define(name: str, schema: str) -> None:
@@ -41,20 +42,24 @@ def fake(name: str) -> Callable[[Callable], Callable]:
     return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=lib)
 
 
-def kernel(function: Callable) -> Callable:
-    """Register `function` as the operator of its name, on CPU and CUDA, with autocast off."""
+def kernel(name: str) -> Callable[[Callable], Callable]:
+    """Register what the operator does on CPU and CUDA, with autocast off."""
 
-    @functools.wraps(function)
-    def run(*args):
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return function(*args)
-        return function(*args)
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def run(*args):
+            device = next(a.device.type for a in args if isinstance(a, Tensor))
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return function(*args)
+            return function(*args)
 
-    for key in ("CPU", "CUDA"):
-        lib.impl(function.__name__, run, key)
-    return function
+        for key in ("CPU", "CUDA"):
+            lib.impl(name, run, key)
+        kernels[name] = function
+        return function
+
+    return register
 
 
 def formula(name: str, backward: Callable, setup_context: Callable | None = None) -> None:

@@ -11,9 +11,19 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+MOVED = os.environ.get("SPPO_KERNELS_SEED", "0")
+
 # The same examples in every run; `SPPO_KERNELS_SEED` moves them, as it moves all other inputs.
-hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile(
+    "fixed", derandomize=MOVED == "0", database=None, deadline=None
+)
 hypothesis.settings.load_profile("fixed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    if MOVED != "0":  # a derandomised example does not depend on any seed
+        config.option.hypothesis_seed = MOVED
 
 
 def pytest_collection_modifyitems(items):
@@ -31,10 +41,9 @@ def seed(request) -> int:
 
     `SPPO_KERNELS_SEED=n` gives every test other inputs; a failure names the n it came with.
     """
-    moved = os.environ.get("SPPO_KERNELS_SEED", "0")
-    name = f"{request.node.name} {moved}".encode()
+    name = f"{request.node.name} {MOVED}".encode()
     found = int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little")
-    print(f"SPPO_KERNELS_SEED={moved} (seed={found})")
+    print(f"SPPO_KERNELS_SEED={MOVED} (seed={found})")
     return found
 
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "sppo_kernels"
 
 # What each room may import beside itself. A module at the top of the package is a room of its own.
 FOUNDATION = ("backend", "checks", "files", "optional", "registry", "results", "testing", "_C")
-BELOW = dict.fromkeys(FOUNDATION, ()) | {"checks": ("backend",), "registry": ()}
+BELOW = dict.fromkeys(FOUNDATION, ()) | {"backend": ("_C",), "checks": ("backend",)}
 BELOW["logps"] = FOUNDATION
 BELOW["games"] = FOUNDATION
 BELOW["loss"] = (*BELOW["logps"], "logps")

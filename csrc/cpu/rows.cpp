@@ -7,8 +7,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -33,28 +31,26 @@ const RowKernels& kernels() {
   return row_kernels_default;
 }
 
+// `maximum` and `sum` may be null.
 void run_rows(const Rows& z, const Integers& labels, const RowTransform& transform,
               int64_t ignore_index, bool write_grad, float* logp, float* maximum, float* sum) {
   const RowKernels& row = kernels();
-  const bool needs_scratch =
-      write_grad || transform.bias != nullptr || transform.scale != 1.0f || transform.cap != 0.0f;
   torch::stable::parallel_for(0, z.count, row_grain(z.vocab), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(needs_scratch ? z.vocab : 0);
+    std::vector<float> scratch(write_grad || !transform.identity() ? z.vocab : 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t label = labels[i];
+      RowResult result{0.0f, 0.0f, 0.0f};
       if (label == ignore_index) {
-        logp[i] = maximum[i] = sum[i] = 0.0f;
         if (write_grad) zero_row(z[i], z);
       } else if (label < 0 || label >= z.vocab) {
-        logp[i] = maximum[i] = sum[i] = kNaN;
+        result = {kNaN, kNaN, kNaN};
         if (write_grad) nan_row(z[i], z);
       } else {
-        const RowResult result =
-            row.logps(z.type, z[i], z.vocab, label, transform, write_grad, scratch.data());
-        logp[i] = result.logp;
-        maximum[i] = result.maximum;
-        sum[i] = result.sum;
+        result = row.logps(z.type, z[i], z.vocab, label, transform, write_grad, scratch.data());
       }
+      logp[i] = result.logp;
+      if (maximum != nullptr) maximum[i] = result.maximum;
+      if (sum != nullptr) sum[i] = result.sum;
     }
   });
 }
@@ -66,9 +62,9 @@ std::tuple<Tensor, Tensor> token_logps(const Tensor& logits, const Tensor& label
   STD_TORCH_CHECK(labels.numel() == z.count, "labels: expected one for each row of logits");
   Tensor logp = new_float(logits, {logits.size(0), logits.size(1)});
   Tensor norm = new_float(logits, {2, logits.size(0), logits.size(1)});
-  float* maximum = static_cast<float*>(norm.data_ptr());
-  run_rows(z, label, {nullptr, 1.0f, 0.0f}, ignore_index, false,
-           static_cast<float*>(logp.data_ptr()), maximum, maximum + z.count);
+  float* maximum = floats(norm);
+  run_rows(z, label, {nullptr, 1.0f, 0.0f}, ignore_index, false, floats(logp), maximum,
+           maximum + z.count);
   return {logp, norm};
 }
 
@@ -85,9 +81,7 @@ void token_logps_backward(const Tensor& grad, const Tensor& logits, const Tensor
   STD_TORCH_CHECK(
       labels.numel() == z.count && dz.count == z.count && dz.vocab == z.vocab && dz.type == z.type,
       "shapes or dtypes of logits, labels and out differ");
-  const float* coef = static_cast<const float*>(grad.data_ptr());
-  const float* at_label = static_cast<const float*>(logp.data_ptr());
-  const float* maximum = static_cast<const float*>(norm.data_ptr());
+  const float *coef = floats(grad), *at_label = floats(logp), *maximum = floats(norm);
   const float* sum = maximum + z.count;
   const RowKernels& row = kernels();
   torch::stable::parallel_for(0, z.count, row_grain(z.vocab), [&](int64_t begin, int64_t end) {
@@ -104,31 +98,16 @@ void token_logps_backward(const Tensor& grad, const Tensor& logits, const Tensor
   });
 }
 
-std::tuple<Tensor, Tensor> row_logps(const Tensor& logits, const Tensor& labels,
-                                     std::optional<Tensor> bias, double logit_scale,
-                                     std::optional<double> softcap, int64_t ignore_index,
-                                     bool write_grad) {
+Tensor row_logps(const Tensor& logits, const Tensor& labels, std::optional<Tensor> bias,
+                 double logit_scale, std::optional<double> softcap, int64_t ignore_index,
+                 bool write_grad) {
   const Rows z(torch::stable::unsqueeze(logits, 0));
   const Integers label(labels);
   STD_TORCH_CHECK(labels.numel() == z.count, "labels: expected one for each row");
-  RowTransform transform{nullptr, static_cast<float>(logit_scale),
-                         static_cast<float>(softcap.value_or(0.0))};
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous() &&
-                        bias->numel() == z.vocab,
-                    "bias: expected contiguous float32 of the vocabulary's size");
-    transform.bias = static_cast<const float*>(bias->data_ptr());
-  }
+  const RowTransform transform = transform_of(bias, logit_scale, softcap, z.vocab);
   Tensor logp = new_float(logits, {z.count});
-  Tensor lse = new_float(logits, {z.count});
-  std::vector<float> sum(z.count);
-  float* norm = static_cast<float*>(lse.data_ptr());
-  run_rows(z, label, transform, ignore_index, write_grad, static_cast<float*>(logp.data_ptr()),
-           norm, sum.data());
-  for (int64_t i = 0; i < z.count; ++i) {
-    if (label[i] != ignore_index) norm[i] += std::log(sum[i]);
-  }
-  return {logp, lse};
+  run_rows(z, label, transform, ignore_index, write_grad, floats(logp), nullptr, nullptr);
+  return logp;
 }
 
 void check_offsets(const Integers& offsets, int64_t sequences, int64_t rows) {
@@ -148,8 +127,8 @@ Tensor segment_sum(const Tensor& values, const Tensor& cu_seqlens) {
   const int64_t sequences = cu_seqlens.numel() - 1;
   check_offsets(offsets, sequences, values.numel());
   Tensor out = new_float(values, {sequences});
-  const float* x = static_cast<const float*>(values.data_ptr());
-  float* y = static_cast<float*>(out.data_ptr());
+  const float* x = floats(values);
+  float* y = floats(out);
   for (int64_t s = 0; s < sequences; ++s) {
     double sum = 0;
     for (int64_t i = offsets[s]; i < offsets[s + 1]; ++i) sum += x[i];
@@ -165,8 +144,8 @@ Tensor segment_expand(const Tensor& values, const Tensor& cu_seqlens, int64_t ro
   const int64_t sequences = cu_seqlens.numel() - 1;
   check_offsets(offsets, sequences, rows);
   Tensor out = new_float(values, {rows});
-  const float* x = static_cast<const float*>(values.data_ptr());
-  float* y = static_cast<float*>(out.data_ptr());
+  const float* x = floats(values);
+  float* y = floats(out);
   for (int64_t s = 0; s < sequences; ++s) std::fill(y + offsets[s], y + offsets[s + 1], x[s]);
   return out;
 }

@@ -1,4 +1,4 @@
-// One row of logits at a time: log-probability of a label, log-sum-exp, and the row's gradient.
+// One row of logits at a time: log-probability of a label, and the row's gradient.
 // Plain C types only: the same header is compiled for several instruction sets.
 #pragma once
 
@@ -13,6 +13,7 @@ struct RowTransform {
   const float* bias;  // [vocab] or nullptr
   float scale;
   float cap;
+  bool identity() const { return bias == nullptr && scale == 1.0f && cap == 0.0f; }
 };
 
 struct RowResult {

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "cpu/rows.h"
@@ -85,6 +86,21 @@ inline void nan_row(void* row, const Rows& rows) {
       case Element::kFloat16: static_cast<uint16_t*>(row)[i] = 0x7e00; break;
     }
   }
+}
+
+inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+
+inline RowTransform transform_of(const std::optional<Tensor>& bias, double scale,
+                                 std::optional<double> softcap, int64_t vocab) {
+  RowTransform transform{nullptr, static_cast<float>(scale),
+                         static_cast<float>(softcap.value_or(0.0))};
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(
+        bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->numel() == vocab,
+        "bias: expected contiguous float32 of the vocabulary's size");
+    transform.bias = floats(*bias);
+  }
+  return transform;
 }
 
 inline Tensor new_float(const Tensor& like, std::initializer_list<int64_t> shape) {

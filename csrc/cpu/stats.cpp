@@ -3,7 +3,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
 #include <tuple>
 
 #include "cpu/capability.h"
@@ -23,21 +22,6 @@ const StatsKernels& kernels() {
   return stats_kernels_default;
 }
 
-RowTransform transform_of(const std::optional<Tensor>& bias, double scale,
-                          std::optional<double> softcap, int64_t vocab) {
-  RowTransform transform{nullptr, static_cast<float>(scale),
-                         static_cast<float>(softcap.value_or(0.0))};
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(
-        bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->numel() == vocab,
-        "bias: expected contiguous float32 of the vocabulary's size");
-    transform.bias = static_cast<const float*>(bias->data_ptr());
-  }
-  return transform;
-}
-
-float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats(
     const Tensor& logits, const Tensor& labels, std::optional<Tensor> bias, double logit_scale,
     std::optional<double> softcap, int64_t ignore_index, bool entropy, bool squares, bool mean,
@@ -55,11 +39,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats(
   Tensor tops = torch::stable::new_empty(logits, {top1 ? n : 0}, ScalarType::Bool);
   float *norms = floats(norm), *h = floats(entropies), *q = floats(sums), *mu = floats(means);
   bool* is_top1 = static_cast<bool*>(tops.data_ptr());
-  const bool identity =
-      transform.bias == nullptr && transform.scale == 1.0f && transform.cap == 0.0f;
   const StatsKernels& row = kernels();
   torch::stable::parallel_for(0, n, row_grain(z.vocab), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(identity ? 0 : z.vocab);
+    std::vector<float> scratch(transform.identity() ? 0 : z.vocab);
     for (int64_t i = begin; i < end; ++i) {
       RowStats s{};
       if (label[i] != ignore_index) {

@@ -1,11 +1,9 @@
-"""`sppo env`: what is installed, and which backend runs and why."""
+"""`sppo env`."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
-from collections.abc import Sequence
 
 import torch
 
@@ -18,32 +16,32 @@ PACKAGES = (
 )
 
 
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def lines() -> list[tuple[str, str]]:
     """(name, value) of everything worth knowing in a bug report."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found = [
         ("sppo-kernels", sppo_kernels.__version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
+        *((name, version(name)) for name in PACKAGES),
+        ("CUDA devices", ", ".join(devices) or "none"),
+        ("CPU threads", str(torch.get_num_threads())),
     ]
-    for name in PACKAGES:
-        try:
-            found.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            found.append((name, "not installed"))
-    device = "none"
-    if torch.cuda.is_available():
-        device = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    found.append(("CUDA devices", device))
-    found.append(("CPU threads", str(torch.get_num_threads())))
     for kind in ("cpu", "cuda"):
         for dtype in (torch.float32, torch.bfloat16):
             for impl in ("native", "triton"):
                 why = backend.unavailable(impl, kind, dtype)
                 name = f"{impl} on {kind}, {str(dtype).removeprefix('torch.')}"
                 found.append((name, "runs" if why is None else f"no: {why}"))
-    chosen = backend.resolve("auto", "cpu", torch.float32)
-    found.append(("impl='auto' on cpu", chosen))
-    if torch.cuda.is_available():
+    found.append(("impl='auto' on cpu", backend.resolve("auto", "cpu", torch.float32)))
+    if devices:
         found.append(("impl='auto' on cuda", backend.resolve("auto", "cuda", torch.bfloat16)))
     if backend.triton_error() is None:
         from sppo_kernels.logps.triton import tables
@@ -52,10 +50,12 @@ def lines() -> list[tuple[str, str]]:
     return found
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: list[str]) -> None:
+    """what is installed and which backend runs"""
     if argv:
         print("usage: sppo env")
         return
-    width = max(len(name) for name, _ in lines())
-    for name, value in lines():
+    found = lines()
+    width = max(len(name) for name, _ in found)
+    for name, value in found:
         print(f"{name:{width}}  {value}")

@@ -2,36 +2,34 @@
 
 A canonical row is a dict with `prompt` (text or chat messages), `responses` (K texts), `win_rate`
 (K numbers in [0, 1]) and, when known, `win_matrix` [K][K], `prompt_ids`, `response_ids`,
-`ref_logps` and `judge`. Other layouts are turned into it here.
+`ref_logps`, `judge`, and `tools` and `chat_template_kwargs` of the chat template. Other layouts are
+turned into it here.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sppo_kernels.files import atomic_file
-from sppo_kernels.optional import require
+from sppo_kernels.data.files import DataError, load_rows, read_parquet, write_parquet
 
 __all__ = [
     "DataError",
     "OverLengthError",
     "canonical_row",
     "from_uclaml",
+    "load_rows",
     "read_parquet",
     "to_uclaml",
     "write_parquet",
 ]
 
-UCLAML_COLUMNS = ("chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose")
-OPTIONAL = ("win_matrix", "prompt_ids", "response_ids", "ref_logps", "judge", "finished", "id")
-
-
-class DataError(ValueError):
-    """A row or a file of preference data cannot be used; the message names row and column."""
+TEMPLATE = ("tools", "chat_template_kwargs")
+OPTIONAL = (
+    *("win_matrix", "prompt_ids", "response_ids", "ref_logps", "judge", "finished", "id"),
+    *TEMPLATE,
+)
 
 
 class OverLengthError(DataError):
@@ -65,8 +63,7 @@ def _from_group(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     if row.get("prompt") is None and row.get("prompt_ids") is None:
         raise DataError(f"row {index}: expected a column prompt, got {sorted(row)}")
     column = "responses" if row.get("responses") is not None else "response_ids"
-    responses = list(row.get(column) or [])
-    count = len(responses)
+    count = len(row.get(column) or [])
     if count < 2:
         raise DataError(
             f"row {index}: expected K >= 2 {column} to compare, got {count}; a single response has "
@@ -85,9 +82,7 @@ def _from_group(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     else:
         raise DataError(f"row {index}: expected a column win_matrix or win_rate, got {sorted(row)}")
     result["win_rate"] = rate
-    for name in OPTIONAL:
-        if row.get(name) is not None:
-            result[name] = row[name]
+    result |= {name: row[name] for name in OPTIONAL if row.get(name) is not None}
     for name in ("response_ids", "ref_logps"):
         if name in result and len(result[name]) != count:
             raise DataError(
@@ -97,36 +92,6 @@ def _from_group(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     if any(not math.isfinite(x) for x in result.get("ref_logps", ())):
         raise DataError(f"row {index}: ref_logps: expected finite numbers")
     return result
-
-
-def checked_matrix(matrix: Any, count: int, index: int) -> None:
-    """Raise DataError unless `matrix` is [K][K] numbers in [0, 1]."""
-    if len(matrix) != count or any(len(line) != count for line in matrix):
-        shape = [len(line) for line in matrix]
-        raise DataError(
-            f"row {index}: win_matrix: expected {count} x {count}, got {len(matrix)} lines of "
-            f"lengths {shape}"
-        )
-    for i, line in enumerate(matrix):
-        _probabilities(line, count, f"row {index}: win_matrix[{i}]")
-
-
-def _probabilities(values: Any, count: int, name: str) -> list[float]:
-    values = [float("nan") if v is None else float(v) for v in values]
-    if len(values) != count:
-        raise DataError(f"{name}: expected {count} numbers, one a response, got {len(values)}")
-    for k, value in enumerate(values):
-        if not 0.0 <= value <= 1.0:  # false for NaN too
-            raise DataError(f"{name}: expected numbers in [0, 1], got {value} at position {k}")
-    return values
-
-
-def _last_text(side: Any, name: str, index: int) -> str:
-    if isinstance(side, str):
-        return side
-    if side and isinstance(side[-1], Mapping) and "content" in side[-1]:
-        return side[-1]["content"]
-    raise DataError(f"row {index}: {name}: expected text or a list of chat messages, got {side!r}")
 
 
 def _from_pair(row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -149,7 +114,49 @@ def _from_pair(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         "prompt": prompt,
         "responses": [_last_text(row[name], name, index) for name in names],
         "win_rate": _probabilities(rate, 2, f"row {index}: chosen_probs_win, chosen_probs_lose"),
+        **{name: row[name] for name in TEMPLATE if row.get(name) is not None},
     }
+
+
+def _last_text(side: Any, name: str, index: int) -> str:
+    if isinstance(side, str):
+        return side
+    if side and isinstance(side[-1], Mapping) and "content" in side[-1]:
+        return side[-1]["content"]
+    raise DataError(f"row {index}: {name}: expected text or a list of chat messages, got {side!r}")
+
+
+def checked_matrix(matrix: Any, count: int, index: int) -> None:
+    """Raise DataError unless `matrix` is [K][K] numbers in [0, 1]."""
+    if len(matrix) != count or any(len(line) != count for line in matrix):
+        shape = [len(line) for line in matrix]
+        raise DataError(
+            f"row {index}: win_matrix: expected {count} x {count}, got {len(matrix)} lines of "
+            f"lengths {shape}"
+        )
+    for i, line in enumerate(matrix):
+        _probabilities(line, count, f"row {index}: win_matrix[{i}]")
+
+
+def _probabilities(values: Any, count: int, name: str) -> list[float]:
+    if len(values) != count:
+        raise DataError(f"{name}: expected {count} numbers, one a response, got {len(values)}")
+    return [probability(x, name, f" at position {k}") for k, x in enumerate(values)]
+
+
+def probability(value: Any, name: str, where: str = "") -> float:
+    """`value` as a number in [0, 1].
+
+    Raises:
+        DataError: it is none; the message begins with `name` and ends in `where`.
+    """
+    try:
+        number = math.nan if value is None else float(value)
+    except (TypeError, ValueError):
+        raise DataError(f"{name}: expected a number, got {value!r}{where}") from None
+    if not 0.0 <= number <= 1.0:  # false for NaN too
+        raise DataError(f"{name}: expected a number in [0, 1], got {number}{where}")
+    return number
 
 
 def from_uclaml(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -163,80 +170,29 @@ def to_uclaml(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     `chosen_probs` is the probability that the best beats the worst: the win matrix's entry, or,
     without a matrix, NaN, because win rates do not determine it.
     """
-    released = []
-    for index, row in enumerate(rows):
-        row = canonical_row(row, index)
-        if row["responses"] is None or row["prompt"] is None:
-            raise DataError(f"row {index}: the released layout needs texts, got token ids only")
-        best, worst = best_and_worst(row["win_rate"])
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        matrix = row.get("win_matrix")
+    return [_released(canonical_row(row, index), index) for index, row in enumerate(rows)]
 
-        def answer(k: int, prompt=prompt, row=row) -> list[dict[str, str]]:
-            return [*prompt, {"role": "assistant", "content": row["responses"][k]}]
 
-        released.append(
-            {
-                "chosen": answer(best),
-                "rejected": answer(worst),
-                "chosen_probs": float(matrix[best][worst]) if matrix is not None else math.nan,
-                "chosen_probs_win": row["win_rate"][best],
-                "chosen_probs_lose": row["win_rate"][worst],
-            }
-        )
-    return released
+def _released(row: dict[str, Any], index: int) -> dict[str, Any]:
+    if row["responses"] is None or row["prompt"] is None:
+        raise DataError(f"row {index}: the released layout needs texts, got token ids only")
+    best, worst = best_and_worst(row["win_rate"])
+    prompt, matrix = row["prompt"], row.get("win_matrix")
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    chosen, rejected = (
+        [*prompt, {"role": "assistant", "content": row["responses"][k]}] for k in (best, worst)
+    )
+    return {
+        "chosen": chosen,
+        "rejected": rejected,
+        "chosen_probs": float(matrix[best][worst]) if matrix is not None else math.nan,
+        "chosen_probs_win": row["win_rate"][best],
+        "chosen_probs_lose": row["win_rate"][worst],
+    }
 
 
 def best_and_worst(win_rate: list[float]) -> tuple[int, int]:
     """First maximum and last minimum: distinct for K >= 2 even when all are equal."""
-    count = len(win_rate)
-    best = max(range(count), key=lambda k: (win_rate[k], -k))
-    worst = min(range(count), key=lambda k: (win_rate[k], -k))
-    return best, worst
-
-
-def write_parquet(rows: list[dict[str, Any]], path: str | os.PathLike) -> None:
-    """Write rows to a Parquet file that is there whole or not at all (also on a full disk)."""
-    require("pyarrow")
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.Table.from_pylist(rows)
-    with atomic_file(path) as temporary:
-        pq.write_table(table, temporary)
-
-
-def read_parquet(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Rows of a Parquet file.
-
-    Raises:
-        DataError: the file is missing, damaged, or no Parquet file; the message names it.
-    """
-    require("pyarrow")
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path).to_pylist()
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error})") from error
-
-
-def load_rows(source: Any) -> Iterator[Mapping[str, Any]]:
-    """Rows of a Parquet or JSON-lines path, a datasets.Dataset, or a list of dicts."""
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if path.suffix in (".json", ".jsonl"):
-            import json
-
-            try:
-                lines = path.read_text().splitlines()
-                return iter([json.loads(line) for line in lines if line.strip()])
-            except (OSError, ValueError) as error:
-                raise DataError(f"{path}: cannot be read as JSON lines ({error})") from error
-        return iter(read_parquet(path))
-    return iter(source)
+    ranked = sorted(range(len(win_rate)), key=lambda k: (-win_rate[k], k))
+    return ranked[0], ranked[-1]

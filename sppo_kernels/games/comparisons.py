@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppo_kernels.games.inputs import as_tensor, is_native, reads_values
+from sppo_kernels import checks
+from sppo_kernels.backend import resolve
+from sppo_kernels.games import reference
+from sppo_kernels.games.inputs import as_tensor
+from sppo_kernels.registry import define, fake, op
 from sppo_kernels.results import Aggregate, Comparisons
 
 _OUTCOMES = {"left": 1.0, "right": 0.0, "tie": 0.5, "a": 1.0, "b": 0.0, "draw": 0.5}
+
+define("game_group", "(Tensor game, int games) -> (Tensor, Tensor)")
+define(
+    "game_aggregate",
+    "(Tensor i, Tensor j, Tensor outcome, Tensor? weight, Tensor indptr, Tensor? order, int k, "
+    "bool wide) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@fake("game_group")
+def _(game, games):
+    return game.new_empty(games + 1), game.new_empty(game.shape)
+
+
+@fake("game_aggregate")
+def _(i, j, outcome, weight, indptr, order, k, wide):
+    games, dtype = indptr.shape[0] - 1, torch.float64 if wide else torch.float32
+    shapes = ((games, k, k),) * 2 + ((games, k),) * 3
+    return tuple(outcome.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 def load_comparisons(
@@ -47,31 +71,27 @@ def load_comparisons(
     names = [name for name in (game, left, right, winner, weight) if name is not None]
     columns = _columns(source, names)
     words = {**_OUTCOMES, **{k.lower(): v for k, v in (outcomes or {}).items()}}
-    total = len(columns[left])
-    games: dict[Any, int] = {}
-    known: list[dict[Any, int]] = []
-    index: tuple[list[int], list[int], list[int]] = ([], [], [])
-    for row in range(total):
-        g = games.setdefault(columns[game][row] if game is not None else 0, len(games))
-        if g == len(known):
-            known.append({})
-        ids = [known[g].setdefault(columns[side][row], len(known[g])) for side in (left, right)]
-        for column, value in zip(index, (g, *ids), strict=True):
-            column.append(value)
+    known: dict[Any, tuple[int, dict[Any, int]]] = {}  # a game's number and those of its responses
+    index = []
+    of_row = columns[game] if game is not None else itertools.repeat(0)
+    for name, *pair in zip(of_row, columns[left], columns[right], strict=False):
+        number, ids = known.setdefault(name, (len(known), {}))
+        index.append([number, *(ids.setdefault(response, len(ids)) for response in pair)])
     shares = [_share(value, words, winner, row) for row, value in enumerate(columns[winner])]
     weights = None
     if weight is not None:
         weights = torch.tensor([float(w) for w in columns[weight]], dtype=torch.float64)
-    of, i, j = (torch.tensor(column, dtype=torch.int64) for column in index)
+    of, i, j = torch.tensor(index, dtype=torch.int64).reshape(-1, 3).T.contiguous()
+    responses = [list(ids) for _, ids in known.values()]
     return Comparisons(
         game=of,
         i=i,
         j=j,
         outcome=torch.tensor(shares, dtype=torch.float64),
         weight=weights,
-        lengths=torch.tensor([len(ids) for ids in known], dtype=torch.int64),
-        games=list(games),
-        responses=[list(ids) for ids in known],
+        lengths=torch.tensor([len(names) for names in responses], dtype=torch.int64),
+        games=list(known),
+        responses=responses,
     )
 
 
@@ -79,17 +99,16 @@ def _columns(source: Any, names: list[str]) -> dict[str, list]:
     if isinstance(source, (str, os.PathLike)):
         with open(source, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            present = reader.fieldnames or []
             rows = list(reader)
-        table = {name: [row[name] for row in rows] for name in names if name in present}
-    else:
-        present = list(source.keys())
-        table = {name: list(source[name]) for name in names if name in present}
-    missing = [name for name in names if name not in table]
+        source = {name: [row[name] for row in rows] for name in reader.fieldnames or ()}
+    missing = [name for name in names if name not in source]
     if missing:
-        raise ValueError(f"source: expected columns {names}, {missing} missing from {present}")
-    if len({len(column) for column in table.values()}) > 1:
-        lengths = {name: len(column) for name, column in table.items()}
+        raise ValueError(
+            f"source: expected columns {names}, {missing} missing from {list(source.keys())}"
+        )
+    table = {name: list(source[name]) for name in names}
+    lengths = {name: len(column) for name, column in table.items()}
+    if len(set(lengths.values())) > 1:
         raise ValueError(f"source: expected columns of one length, got {lengths}")
     return table
 
@@ -149,53 +168,54 @@ def aggregate(
     if isinstance(i, Comparisons):
         if any(value is not None for value in (j, outcome, game, indptr, weight, lengths)):
             raise ValueError("i: a Comparisons table already holds all columns")
-        table = i
-        i, j, outcome, game, weight = table.i, table.j, table.outcome, table.game, table.weight
-        lengths = table.lengths
-    columns = {"i": i, "j": j, "outcome": outcome}
+        game, i, j, outcome, weight, lengths = i[:6]
     if game is not None and indptr is not None:
         raise ValueError("indptr: give either game or indptr, not both")
-    if game is not None:
-        columns["game"] = game
-    if weight is not None:
-        columns["weight"] = weight
-    tensors = {name: _column(value, name) for name, value in columns.items()}
-    total = tensors["i"].numel()
-    for name, column in tensors.items():
+    columns = {"i": i, "j": j, "outcome": outcome}
+    columns |= {k: v for k, v in (("game", game), ("weight", weight)) if v is not None}
+    columns = {name: _column(value, name) for name, value in columns.items()}
+    i, j, outcome, weight = (columns.get(name) for name in ("i", "j", "outcome", "weight"))
+    total = i.numel()
+    for name, column in columns.items():
         if column.numel() != total:
             raise ValueError(f"{name}: expected {total} entries, like i, got {column.numel()}")
-    given = tensors["outcome"].dtype
     if dtype is None:
+        given = outcome.dtype
         dtype = given if given.is_floating_point else torch.get_default_dtype()
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
 
-    i, j = tensors["i"], tensors["j"]
-    outcome = tensors["outcome"].double().contiguous()
-    weight = tensors["weight"].double().contiguous() if weight is not None else None
+    outcome = outcome.double().contiguous()
+    weight = None if weight is None else weight.double().contiguous()
     lengths = None if lengths is None else _column(lengths, "lengths").to(i.device)
-    game, indptr, games = _game_index(tensors.get("game"), indptr, lengths, num_games, i)
-    if size is None:
-        size = int(lengths.max()) if lengths is not None and lengths.numel() else None
-    if size is None:
+    game, indptr, games = _game_index(columns.get("game"), indptr, lengths, num_games, i)
+    if size is None and lengths is not None and lengths.numel():
+        size = int(lengths.max())
+    elif size is None:
         size = int(torch.maximum(i.max(), j.max())) + 1 if total else 0
     if size < 2:
         raise ValueError(f"size: a game needs K >= 2 responses, got K = {size}")
-    _check(i, j, outcome, weight, game, games, lengths, size)
+    if lengths is not None and lengths.numel() != games:
+        raise ValueError(f"lengths: expected {games} entries, one a game, got {lengths.numel()}")
+    if checks.can_read(i) and total:
+        _check_values(i, j, outcome, weight, game, games, lengths, size)
+    if resolve(impl, i.device.type, None, games=True) == "reference":
+        found = reference.aggregate(i, j, outcome, weight, game, games, size)
+        return Aggregate(*(t.to(dtype) for t in found))
+    order = None
+    if indptr is None:
+        indptr, order = _group(game, games)
+    wide = dtype == torch.float64
+    return Aggregate(*op("game_aggregate")(i, j, outcome, weight, indptr, order, size, wide))
 
-    if is_native(impl, i.device):
-        from sppo_kernels.games import native
 
-        order = None
-        if indptr is None:
-            indptr, order = native.group(game, games)
-        wide = dtype == torch.float64
-        return Aggregate(*native.aggregate(i, j, outcome, weight, indptr, order, size, wide))
-    from sppo_kernels.games.reference.aggregate import aggregate as reference
-
-    found = reference(i, j, outcome, weight, game, games, size)
-    return Aggregate(*(t.to(dtype) for t in found))
+def _group(game: Tensor, games: int) -> tuple[Tensor, Tensor]:
+    """Offsets of each game [G+1] and a stable order of the comparisons [N]."""
+    if game.device.type == "cpu":
+        return op("game_group")(game, games)
+    ordered, order = torch.sort(game, stable=True)
+    return torch.searchsorted(ordered, torch.arange(games + 1, device=game.device)), order
 
 
 def _column(value: Any, name: str) -> Tensor:
@@ -229,7 +249,7 @@ def _game_index(
     indptr = _column(indptr, "indptr").to(i.device)
     steps = indptr.diff()
     if indptr.numel() < 1 or (
-        reads_values(indptr)
+        checks.can_read(indptr)
         and (int(indptr[0]) != 0 or int(indptr[-1]) != total or bool((steps < 0).any()))
     ):
         raise ValueError(f"indptr: expected offsets that grow from 0 to N = {total}")
@@ -240,20 +260,10 @@ def _game_index(
     return of, indptr, games
 
 
-def _check(
-    i: Tensor,
-    j: Tensor,
-    outcome: Tensor,
-    weight: Tensor | None,
-    game: Tensor,
-    games: int,
-    lengths: Tensor | None,
-    size: int,
-) -> None:
-    if lengths is not None and lengths.numel() != games:
-        raise ValueError(f"lengths: expected {games} entries, one a game, got {lengths.numel()}")
-    if not reads_values(i) or i.numel() == 0:
-        return
+def _check_values(
+    i: Tensor, j: Tensor, outcome: Tensor, weight: Tensor | None, game: Tensor, games: int,
+    lengths: Tensor | None, size: int,
+) -> None:  # fmt: skip
     _in_range(game, "game", games, game)
     if lengths is not None and (int(lengths.max()) > size or int(lengths.min()) < 2):
         raise ValueError(f"lengths: expected 2 <= length <= K = {size}, got {lengths.tolist()}")
@@ -263,9 +273,10 @@ def _check(
     if bool((i == j).any()):
         at = int((i == j).int().argmax())
         raise ValueError(f"j: response {int(j[at])} is compared with itself in comparison {at}")
-    _values(outcome, "outcome", "in [0, 1]", 1.0)
-    if weight is not None:
-        _values(weight, "weight", "finite and at least 0", torch.finfo(weight.dtype).max)
+    if not _within(outcome, 0, 1):
+        checks.win_rates(outcome, "outcome")
+    if weight is not None and not _within(weight, 0, torch.finfo(weight.dtype).max):
+        checks.weights(weight, "weight")
 
 
 def _within(column: Tensor, low: float, high: float) -> bool:
@@ -285,9 +296,3 @@ def _in_range(index: Tensor, name: str, limit: int | Tensor, game: Tensor) -> No
             f"{name}: expected indices in [0, {most}), got {int(index[at])} in comparison {at}, "
             f"game {int(game[at])}"
         )
-
-
-def _values(column: Tensor, name: str, wanted: str, high: float) -> None:
-    if not _within(column, 0, high):
-        at = int((~((column >= 0) & (column <= high))).int().argmax())
-        raise ValueError(f"{name}: expected values {wanted}, got {float(column[at])} at {at}")

@@ -1,33 +1,84 @@
-"""What every public function on games does first: convert, choose an implementation, check."""
+"""The one checked call of the games: a batch, its lengths and the implementation that plays it.
+
+Operators are C++ (csrc/cpu/game.cpp, csrc/cuda/game.cpp) and appear when the extension is loaded;
+`declare` gives them their schema and fake, and games/reference/ has a function of each one's name
+that takes the same arguments: the specification.
+"""
 
 from __future__ import annotations
 
-import logging
-import math
 import warnings
-from functools import cache
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sppo_kernels.backend import checks_enabled, logger, native_error, traced_as_constant
+from sppo_kernels.backend import resolve
+from sppo_kernels.checks import can_read
+from sppo_kernels.games import reference
+from sppo_kernels.registry import define, fake, op
 
-IMPLS = ("reference", "native")
 GAP_WARNING = 1e-2  # judges round to two digits; more than that is a bias, not rounding
 
 
+def declare(name: str, arguments: str, *results: tuple[str, torch.dtype | None]) -> None:
+    """Operator `game_<name>` of x [G, K, K] and `arguments`.
+
+    Each result is its dimensions, of "G" and "K", and its dtype, None for that of x.
+    """
+    returns = ", ".join(["Tensor"] * len(results))
+    define(f"game_{name}", f"(Tensor x, {arguments}) -> ({returns})")
+
+    def without_values(x: Tensor, *_: Any) -> Any:
+        size = dict(zip("GK", x.shape[:2], strict=True))
+        found = [
+            x.new_empty([size[d] for d in dimensions], dtype=dtype) for dimensions, dtype in results
+        ]
+        return tuple(found) if len(found) > 1 else found[0]
+
+    fake(f"game_{name}")(without_values)
+
+
+def implementation(name: str, impl: str) -> Callable:
+    """What computes `name` under a resolved `impl`: the operator, or the reference's function."""
+    return op(f"game_{name}") if impl == "native" else getattr(reference, name)
+
+
 class Games(NamedTuple):
-    """A batch with its leading dimensions flattened: x [G, K, K], lengths [G] int64 or None."""
+    """A checked batch with its leading dimensions flattened.
+
+    Attributes:
+        x: [G, K, K] contiguous float32 or float64.
+        lengths: [G] int64 or None.
+        batch: the leading dimensions of the input.
+        impl: "native" or "reference".
+    """
 
     x: Tensor
     lengths: Tensor | None
     batch: torch.Size
+    impl: str
+
+    def run(self, name: str, *arguments: Any) -> Any:
+        """Operator `name` of x and `arguments`; results [G, ...] as [*batch, ...]."""
+        found = implementation(name, self.impl)(self.x, *arguments)
+        if isinstance(found, Tensor):
+            return self.restore(found)
+        return tuple(self.restore(t) for t in found)
 
     def restore(self, t: Tensor) -> Tensor:
-        """Gives a result [G, ...] the leading dimensions of the input back."""
         return t.reshape(self.batch + t.shape[1:])
+
+    def place(self, flat: int) -> list[int]:
+        """Index in the input of an entry of x."""
+        k = self.x.shape[-1]
+        game, entry = divmod(flat, k * k)
+        index = [entry // k, entry % k]
+        for size in reversed(self.batch):
+            game, at = divmod(game, size)
+            index.insert(0, at)
+        return index
 
 
 def as_tensor(value: Any, name: str) -> Tensor:
@@ -43,8 +94,24 @@ def as_tensor(value: Any, name: str) -> Tensor:
         ) from error
 
 
-def as_games(value: Any, name: str, lengths: Any = None) -> Games:
-    """Flattens [..., K, K] into float32 or float64 games and checks shape and lengths."""
+def as_games(
+    value: Any, name: str, lengths: Any, impl: str, *, logits: bool = False, want_gap: bool = True
+) -> Games:
+    """Games of `value` [..., K, K], checked; a call that was checked before passes as it is.
+
+    Args:
+        value: tensor, array or nested list; dtypes other than float32 and float64 become float32.
+        name: of the argument, for messages.
+        lengths: [...] integers from 2 to K, or None.
+        impl: "auto", "native" or "reference".
+        logits: whether values may be any finite number, and not only probabilities.
+        want_gap: whether to warn where P_ij + P_ji is far from 1.
+
+    Values are read on the CPU, on other devices under SPPO_KERNELS_CHECK=1 (it synchronises), and
+    never under torch.compile. The diagonal is never read.
+    """
+    if isinstance(value, Games):
+        return value
     x = as_tensor(value, name)
     if x.dim() < 2 or x.shape[-1] != x.shape[-2]:
         raise ValueError(f"{name}: expected shape [..., K, K], got {list(x.shape)}")
@@ -57,7 +124,11 @@ def as_games(value: Any, name: str, lengths: Any = None) -> Games:
     batch, k = x.shape[:-2], x.shape[-1]
     if lengths is not None:
         lengths = _as_lengths(lengths, batch, k).to(x.device).reshape(-1).contiguous()
-    return Games(x.reshape(-1, k, k), lengths, batch)
+    chosen = resolve(impl, x.device.type, None, games=True)
+    games = Games(x.reshape(-1, k, k).contiguous(), lengths, batch, chosen)
+    if can_read(games.x):
+        _check_values(games, name, logits, want_gap)
+    return games
 
 
 def _as_lengths(value: Any, batch: torch.Size, k: int) -> Tensor:
@@ -68,7 +139,7 @@ def _as_lengths(value: Any, batch: torch.Size, k: int) -> Tensor:
         raise ValueError(
             f"lengths: expected shape {list(batch)}, one a game, got {list(lengths.shape)}"
         )
-    if reads_values(lengths) and lengths.numel():
+    if can_read(lengths) and lengths.numel():
         low, high = int(lengths.min()), int(lengths.max())
         if low < 2 or high > k:
             raise ValueError(
@@ -77,127 +148,29 @@ def _as_lengths(value: Any, batch: torch.Size, k: int) -> Tensor:
     return lengths.to(torch.int64)
 
 
-def reads_values(t: Tensor) -> bool:
-    """Whether values may be looked at: not while compiling, on a device only when asked for."""
-    if torch.compiler.is_compiling():
-        return False
-    return t.device.type == "cpu" or checks_enabled()
-
-
-def unavailable(impl: str, device_type: str) -> str | None:
-    """Why `impl` cannot play games on this device, or None when it can."""
-    if impl == "reference":
-        return None
-    error = native_error()
-    if error is not None or device_type == "cpu":
-        return error
-    if device_type != "cuda":
-        return f"it runs on CPU and CUDA, and the input is on {device_type!r}"
-    from sppo_kernels._C import build_info
-
-    return None if build_info()["cuda"] else "the extension was built without CUDA"
-
-
-@cache
-def _auto(device_type: str) -> str:
-    why = unavailable("native", device_type)
-    impl = "native" if why is None else "reference"
-    if why is None:
-        logger.info("games: impl='auto' on %s: 'native'", device_type)
-    else:
-        logger.log(
-            logging.WARNING,
-            "games: impl='auto' on %s: 'reference' (slower), because 'native' is unavailable: %s; "
-            "with a C++17 compiler, run `pip install --no-build-isolation .` in its source tree",
-            device_type,
-            why,
-        )
-    return impl
-
-
-@traced_as_constant
-def _resolve(impl: str, device_type: str) -> str:
-    if impl == "auto":
-        return _auto(device_type)
-    if impl not in IMPLS:
-        raise ValueError(f"impl: expected 'auto' or one of {IMPLS}, got {impl!r}")
-    why = unavailable(impl, device_type)
-    if why is not None:
-        raise RuntimeError(f"impl={impl!r} cannot run here: {why}")
-    return impl
-
-
-def is_native(impl: str, device: torch.device) -> bool:
-    """Whether the compiled operators run; says once why not when "auto" falls back.
-
-    Raises:
-        ValueError: `impl` is not "auto", "reference" or "native".
-        RuntimeError: "native" was asked for and cannot run; the message says why.
-    """
-    return _resolve(impl, device.type) == "native"
-
-
-def targets_module(impl: str, device: torch.device) -> ModuleType:
-    """The module that holds symmetrize, win_rates and targets for this choice."""
-    if is_native(impl, device):
-        from sppo_kernels.games import native as games
-    else:
-        from sppo_kernels.games.reference import targets as games
-    return games
-
-
-def solvers_module(impl: str, device: torch.device) -> ModuleType:
-    """The module that holds the solvers for this choice."""
-    if is_native(impl, device):
-        from sppo_kernels.games import native as games
-    else:
-        from sppo_kernels.games.reference import solvers as games
-    return games
-
-
-def check_values(
-    games: Games, name: str, impl: str, *, logits: bool = False, want_gap: bool = False
-) -> None:
-    """Refuses NaN and, for probabilities, values outside [0, 1]; warns about a large gap.
-
-    The diagonal is never read, so its values do not matter. Runs on CPU always, on other devices
-    under SPPO_KERNELS_CHECK=1 (it synchronises), under torch.compile never.
-    """
-    if not reads_values(games.x):
-        return
+def _check_values(games: Games, name: str, logits: bool, want_gap: bool) -> None:
     x = games.x.detach()
-    if x.device.type == "cpu" and is_native(impl, x.device):
-        from sppo_kernels.games.native import check
-    else:
-        from sppo_kernels.games.reference.targets import check
+    check = implementation("check", games.impl if x.device.type == "cpu" else "reference")
     high = torch.finfo(x.dtype).max if logits else 1.0
-    bad, gap, at = check(x, games.lengths, -high if logits else 0.0, high, want_gap)
+    bad, gap, at = check(x, games.lengths, -high if logits else 0.0, high, want_gap).tolist()
     if bad >= 0:
-        value = float(x.reshape(-1)[bad])
+        value = float(x.reshape(-1)[int(bad)])
         wanted = "finite logits" if logits else "probabilities in [0, 1]"
-        raise ValueError(f"{name}: expected {wanted}, got {value} at {_where(games, bad)}")
+        raise ValueError(f"{name}: expected {wanted}, got {value} at {games.place(int(bad))}")
     if want_gap and gap > GAP_WARNING:
         warnings.warn(
             f"{name}: P_ij + P_ji should be 1, and differs from it by up to {gap:.3g}, "
-            f"at {_where(games, at)}; symmetrize it first to remove position bias",
+            f"at {games.place(int(at))}; symmetrize it first to remove position bias",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def _where(games: Games, flat: int) -> list[int]:
-    k = games.x.shape[-1]
-    game, entry = divmod(flat, k * k)
-    index = []
-    for size in reversed(games.batch):
-        game, at = divmod(game, size)
-        index.insert(0, at)
-    return [*index, entry // k, entry % k]
+# game_check is no result [G, ...]: the flat index of the first bad entry or -1, the largest
+# |P_ij + P_ji - 1| and its flat index
+define("game_check", "(Tensor x, Tensor? lengths, float low, float high, bool want_gap) -> Tensor")
 
 
-def positive(value: float, name: str) -> float:
-    """`value` as a float; ValueError unless it is finite and positive."""
-    value = float(value)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a positive finite number, got {value}")
-    return value
+@fake("game_check")
+def _(x, lengths, low, high, want_gap):
+    return x.new_empty(3, dtype=torch.float64)

@@ -4,6 +4,10 @@ All functions take P [..., K, K] (tensors, arrays or nested lists; float32 or fl
 ragged batches, `lengths` [...]. They solve in float64 and return float64, whatever the input. Only
 the antisymmetric part (P_ij - P_ji) / 2 matters to equilibria and tournaments; a warning says so
 when P_ij + P_ji is far from 1. Results carry no gradient.
+
+Arguments that all functions share: `lengths` [...] integers, the responses of each game, None when
+all have K; `impl`, "auto", "native" or "reference". Each raises ValueError for a bad shape or
+length, NaN, or a probability outside [0, 1].
 """
 
 from __future__ import annotations
@@ -12,17 +16,20 @@ from typing import Any
 
 import torch
 
-from sppo_kernels.games.inputs import (
-    as_games,
-    as_tensor,
-    check_values,
-    positive,
-    reads_values,
-    solvers_module,
-)
+from sppo_kernels import checks
+from sppo_kernels.games.inputs import Games, as_games, as_tensor, declare
+from sppo_kernels.games.reference.targets import inside
 from sppo_kernels.results import Equilibrium, Strengths, Tournament
 
 SIMPLEX_LIMIT = 128  # largest K that "auto" solves exactly; see docs/decisions.md
+
+_STRATEGY = (("GK", torch.float64), ("G", torch.float64))
+declare("nash", "Tensor? lengths, bool mirror, float tol, int max_iter", *_STRATEGY)
+declare("regularized_nash", "Tensor? lengths, Tensor log_mu, float tau, int max_iter", *_STRATEGY)
+declare(
+    "bradley_terry", "Tensor? lengths, Tensor? counts", ("GK", torch.float64), ("G", torch.bool)
+)
+declare("tournament", "Tensor? lengths", ("G", torch.int64), ("GK", torch.bool), ("G", torch.int64))
 
 
 def nash(
@@ -41,27 +48,22 @@ def nash(
 
     Args:
         P: [..., K, K] probabilities.
-        lengths: [...] integers, responses of each game; None when all have K.
         method: "simplex", "mirror", or "auto": the simplex method for K <= 128.
         tol: exploitability at which mirror descent stops.
         max_iter: steps after which it stops anyway.
-        impl: "auto", "native" or "reference".
+        lengths, impl: see the module.
 
     Returns:
         Equilibrium(strategy [..., K], residual [...]) in float64; the residual is the
         exploitability max_i (P x)_i - 1/2, what the best reply gains in win rate.
 
     Raises:
-        ValueError: an unknown method, a bad shape or length, NaN, or a value outside [0, 1].
+        ValueError: an unknown method; else see the module.
     """
-    if method not in ("auto", "simplex", "mirror"):
-        raise ValueError(f"method: expected 'auto', 'simplex' or 'mirror', got {method!r}")
-    games = as_games(P, "P", lengths)
-    check_values(games, "P", impl, want_gap=True)
+    checks.choice("method", method, ("auto", "simplex", "mirror"))
+    games = _constant(as_games(P, "P", lengths, impl))
     mirror = method == "mirror" or (method == "auto" and games.x.shape[-1] > SIMPLEX_LIMIT)
-    module = solvers_module(impl, games.x.device)
-    found = module.nash(games.x.detach(), games.lengths, mirror, float(tol), int(max_iter))
-    return Equilibrium(*(games.restore(t) for t in found))
+    return Equilibrium(*games.run("nash", games.lengths, mirror, float(tol), int(max_iter)))
 
 
 def regularized_nash(
@@ -82,22 +84,19 @@ def regularized_nash(
         P: [..., K, K] probabilities.
         mu: [..., K] or [K], positive; need not sum to 1. None: uniform.
         tau: strength of the regularisation, in win rate; positive.
-        lengths: [...] integers, responses of each game; None when all have K.
         max_iter: Newton steps.
-        impl: "auto", "native" or "reference".
+        lengths, impl: see the module.
 
     Returns:
         Equilibrium(strategy [..., K], residual [...]) in float64; the residual is the largest
         change of a probability when the map above is applied once more.
 
     Raises:
-        ValueError: mu of another shape or not positive, tau not positive, a bad shape or length,
-            NaN, or a value outside [0, 1].
+        ValueError: mu of another shape or not positive, tau not positive; else see the module.
     """
-    tau = positive(tau, "tau")
-    games = as_games(P, "P", lengths)
-    check_values(games, "P", impl, want_gap=True)
-    x, k = games.x.detach(), games.x.shape[-1]
+    tau = checks.positive("tau", float(tau))
+    games = _constant(as_games(P, "P", lengths, impl))
+    x, k = games.x, games.x.shape[-1]
     if mu is None:
         log_mu = x.new_zeros(1, k, dtype=torch.float64)
     else:
@@ -108,14 +107,11 @@ def regularized_nash(
             )
         mu = mu.detach().reshape(-1, k)
         if games.lengths is not None:  # past a game's length anything may stand
-            outside = torch.arange(k, device=x.device) >= games.lengths[:, None]
-            mu = mu.expand(x.shape[0], k).masked_fill(outside, 1.0)
-        if reads_values(mu) and not bool(((mu > 0) & mu.isfinite()).all()):
+            mu = mu.expand(x.shape[0], k).masked_fill(~inside(x, games.lengths), 1.0)
+        if checks.can_read(mu) and not bool(((mu > 0) & mu.isfinite()).all()):
             raise ValueError(f"mu: expected positive finite weights, got {float(mu.min())}")
-        log_mu = mu.log()
-    module = solvers_module(impl, x.device)
-    found = module.regularized_nash(x, games.lengths, log_mu, tau, int(max_iter))
-    return Equilibrium(*(games.restore(t) for t in found))
+        log_mu = mu.log().contiguous()
+    return Equilibrium(*games.run("regularized_nash", games.lengths, log_mu, tau, int(max_iter)))
 
 
 def bradley_terry(
@@ -125,10 +121,9 @@ def bradley_terry(
 
     Args:
         P: [..., K, K] probabilities; P_ij and P_ji are used as the shares each side won.
-        lengths: [...] integers, responses of each game; None when all have K.
         counts: [..., K, K] at least 0, weight of the comparisons behind each entry, as `aggregate`
             returns; None: 1 for every pair.
-        impl: "auto", "native" or "reference".
+        lengths, impl: see the module.
 
     Returns:
         Strengths(strength [..., K] float64, log-odds with mean 0; connected [...] bool). No finite
@@ -136,24 +131,21 @@ def bradley_terry(
         and its strengths are NaN.
 
     Raises:
-        ValueError: counts of another shape or negative, a bad shape or length, NaN, or a value
-            outside [0, 1].
+        ValueError: counts of another shape or negative; else see the module.
     """
-    games = as_games(P, "P", lengths)
-    check_values(games, "P", impl, want_gap=True)
-    x = games.x.detach()
+    games = _constant(as_games(P, "P", lengths, impl))
+    x = games.x
     if counts is not None:
         counts = as_tensor(counts, "counts").detach().to(device=x.device, dtype=x.dtype)
         if counts.shape != (*games.batch, *x.shape[1:]):
             wanted = [*games.batch, *x.shape[1:]]
             raise ValueError(f"counts: expected shape {wanted}, got {list(counts.shape)}")
-        counts = counts.reshape(x.shape)
-        if reads_values(counts) and not bool(((counts >= 0) & counts.isfinite()).all()):
+        counts = counts.reshape(x.shape).contiguous()
+        if checks.can_read(counts) and not bool(((counts >= 0) & counts.isfinite()).all()):
             raise ValueError(
                 f"counts: expected finite weights of at least 0, got {float(counts.min())}"
             )
-    found = solvers_module(impl, x.device).bradley_terry(x, games.lengths, counts)
-    return Strengths(*(games.restore(t) for t in found))
+    return Strengths(*games.run("bradley_terry", games.lengths, counts))
 
 
 def tournament(P: Any, lengths: Any = None, *, impl: str = "auto") -> Tournament:
@@ -161,16 +153,14 @@ def tournament(P: Any, lengths: Any = None, *, impl: str = "auto") -> Tournament
 
     Args:
         P: [..., K, K] probabilities; equal entries are a tie.
-        lengths: [...] integers, responses of each game; None when all have K.
-        impl: "auto", "native" or "reference".
+        lengths, impl: see the module.
 
     Returns:
         Tournament(condorcet [...] int64, -1 if none; smith [..., K] bool; cycles [...] int64).
-
-    Raises:
-        ValueError: a bad shape or length, NaN, or a value outside [0, 1].
     """
-    games = as_games(P, "P", lengths)
-    check_values(games, "P", impl, want_gap=True)
-    found = solvers_module(impl, games.x.device).tournament(games.x.detach(), games.lengths)
-    return Tournament(*(games.restore(t) for t in found))
+    games = _constant(as_games(P, "P", lengths, impl))
+    return Tournament(*games.run("tournament", games.lengths))
+
+
+def _constant(games: Games) -> Games:
+    return games._replace(x=games.x.detach())

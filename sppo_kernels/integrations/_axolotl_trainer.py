@@ -7,8 +7,6 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from sppo_kernels.data.rows import canonical_row, load_rows
-from sppo_kernels.data.tokenize import prompt_token_ids, response_token_ids
 from sppo_kernels.integrations._swap import IntegrationError, require_module
 from sppo_kernels.integrations.axolotl import TESTED, options_of
 from sppo_kernels.trainer import SPPOConfig, SPPOTrainer
@@ -17,7 +15,7 @@ _mixins = require_module("axolotl.core.trainers.mixins", TESTED)
 _optimizer = require_module("axolotl.core.trainers.mixins.optimizer", TESTED)
 _arguments = require_module("axolotl.core.training_args_base", TESTED)
 
-__all__ = ["AxolotlSPPOConfig", "AxolotlSPPOTrainer", "prepared_rows"]
+__all__ = ["AxolotlSPPOConfig", "AxolotlSPPOTrainer"]
 
 
 @dataclasses.dataclass
@@ -49,22 +47,6 @@ def converted(args: Any, cfg: Any) -> AxolotlSPPOConfig:
     known["eta"] = 1.0 / args.beta
     known |= {k: v for k, v in options_of(cfg) if k != "loss" and v is not None}
     return AxolotlSPPOConfig(**known)
-
-
-def prepared_rows(rows: Any, tokenizer: Any, append_eos: bool) -> list[dict[str, Any]]:
-    """Rows with token ids; a BOS that axolotl's chat template wrote is not doubled."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    found = []
-    for index, row in enumerate(load_rows(rows)):
-        row = dict(canonical_row(row, index))
-        if row.get("prompt_ids") is None:
-            ids = prompt_token_ids(row["prompt"], tokenizer)
-            row["prompt_ids"] = ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
-        if row.get("response_ids") is None:
-            texts = row["responses"]
-            row["response_ids"] = [response_token_ids(t, tokenizer, append_eos) for t in texts]
-        found.append(row)
-    return found
 
 
 class AxolotlSPPOTrainer(
@@ -108,14 +90,11 @@ class AxolotlSPPOTrainer(
             )
         base = require_module("axolotl.integrations.base", TESTED)
         settings = converted(args, base.PluginManager.get_instance().cfg)
-        rows = [
-            None if data is None else prepared_rows(data, processing_class, settings.append_eos)
-            for data in (train_dataset, eval_dataset)
-        ]
         super().__init__(
             model,
             settings,
-            *rows,
+            train_dataset,
+            eval_dataset,
             processing_class,
             ref_model=ref_model,
             peft_config=peft_config,

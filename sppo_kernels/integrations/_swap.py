@@ -1,4 +1,8 @@
-"""Replacing objects of another package, and putting the very same objects back."""
+"""Replacing objects of another package, and putting the very same objects back.
+
+An adapter names every place of a framework that it relies on in a table of `Hook`s. `Installed`
+compares the whole table with what is installed, and only then replaces anything.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,23 @@ import importlib
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["IntegrationError", "Swap", "check_parameters", "require_module", "version_of"]
+__all__ = [
+    "Hook", "Installed", "IntegrationError", "Swap", "parameters_of", "require_module", "resolve",
+    "version_of",
+]  # fmt: skip
 
 MISSING = object()
 
 
 class IntegrationError(RuntimeError):
     """The framework is not laid out as the adapter expects; the message says what was found."""
+
+
+# --- looking at a framework -----------------------------------------------------------------------
 
 
 def version_of(package: str) -> str:
@@ -35,170 +46,289 @@ def require_module(name: str, tested: str) -> Any:
     """Import a module of a framework.
 
     Raises:
-        ImportError: the framework is not installed. IntegrationError: it has no such module, or
-            the module cannot be imported; the message names both.
+        ImportError: the framework, or a package that it needs, is not installed or cannot be
+            imported; the message and `name` say which. IntegrationError: the framework has no such
+            module, or the module lacks what another one of the framework imports from it.
     """
     package = name.partition(".")[0]
     try:
-        importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name == package:
-            raise ImportError(f"{package} is needed here: pip install {package}") from error
-        raise
-    try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise IntegrationError(
-            f"{package} {version_of(package)}: expected an importable module {name} (as in "
-            f"{tested}), got {type(error).__name__}: {error}"
+        absent = isinstance(error, ModuleNotFoundError)
+        if absent and error.name == package:
+            raise ImportError(
+                f"{package} is needed here: pip install {package}", name=package
+            ) from error
+        if error.name is not None and _inside(error.name, package):
+            raise IntegrationError(
+                f"{package} {version_of(package)}: expected an importable module {name} (as in "
+                f"{tested}), got {type(error).__name__}: {error}"
+            ) from error
+        needed = f"the module {error.name}, which is not installed" if absent else "what it imports"
+        raise ImportError(
+            f"{package} {version_of(package)}: {name} needs {needed}: {error}", name=error.name
         ) from error
 
 
-def check_parameters(
-    owner: Any, name: str, expected: tuple[str, ...], package: str, tested: str
-) -> Any:
-    """`owner.name`, after checking the names of its leading parameters.
-
-    Further parameters are accepted when they have defaults.
+def resolve(path: str, tested: str, kind: type = object) -> Any:
+    """The object at "module" or "module:attribute".
 
     Raises:
-        IntegrationError: there is no such attribute, or its parameters are others.
+        ImportError, IntegrationError: as `require_module`; IntegrationError: there is no such
+            attribute, or it is no `kind`.
     """
-    where = f"{getattr(owner, '__name__', owner)}.{name}"
-    found = getattr(owner, name, MISSING)
-    if found is MISSING:
-        raise IntegrationError(
-            f"{package} {version_of(package)}: expected {where} (as in {tested}), found none"
-        )
-    parameters = list(inspect.signature(found).parameters.values())
-    names = tuple(p.name for p in parameters)
-    rest = parameters[len(expected) :]
-    loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    optional = all(p.default is not p.empty or p.kind in loose for p in rest)
-    if names[: len(expected)] != expected or not optional:
-        raise IntegrationError(
-            f"{package} {version_of(package)}: expected {where}{_list(expected)} (as in {tested}), "
-            f"found {where}{_list(names)}"
-        )
+    name, _, attribute = path.partition(":")
+    module = require_module(name, tested)
+    found = getattr(module, attribute, MISSING) if attribute else module
+    if found is MISSING or not isinstance(found, kind):
+        expected = f"{name}.{attribute}{'' if kind is object else f', a {kind.__name__},'}"
+        raise _unexpected(name, expected, tested, "none" if found is MISSING else repr(found))
     return found
 
 
-def _list(names: tuple[str, ...]) -> str:
-    return f"({', '.join(names)})"
+def parameters_of(owner: Any, name: str) -> tuple[str, ...] | None:
+    """Names of the parameters of `owner.name`; None where it is absent or None."""
+    found = getattr(owner, name, None)
+    return None if found is None else tuple(inspect.signature(found).parameters)
+
+
+def _check_parameters(hook: Hook, owner: Any, package: str, tested: str) -> None:
+    expected = tuple(hook.parameters.split(", "))
+    names = parameters_of(owner, hook.name)
+    parameters = inspect.signature(getattr(owner, hook.name)).parameters.values()
+    loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    rest = list(parameters)[len(expected) :]
+    optional = all(p.default is not p.empty or p.kind in loose for p in rest)
+    if names[: len(expected)] != expected or not optional or (hook.exact and rest):
+        where = _where(owner, hook.name)
+        found = f"{where}({', '.join(names)})"
+        raise _unexpected(package, f"{where}({hook.parameters})", tested, found)
+
+
+def _unexpected(module: str, expected: str, tested: str, found: str) -> IntegrationError:
+    package = module.partition(".")[0]
+    return IntegrationError(
+        f"{package} {version_of(package)}: expected {expected} (as in {tested}), found {found}"
+    )
+
+
+def _where(owner: Any, name: str) -> str:
+    return f"{getattr(owner, '__name__', owner)}.{name}"
+
+
+def _inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+# --- replacing ------------------------------------------------------------------------------------
+
+
+def _get(owner: Any, name: str) -> Any:
+    """What the owner itself holds, not what it inherits."""
+    return (owner if isinstance(owner, dict) else vars(owner)).get(name, MISSING)
+
+
+def _put(owner: Any, name: str, value: Any) -> None:
+    if isinstance(owner, dict):
+        owner.pop(name) if value is MISSING else owner.update({name: value})
+    elif value is MISSING:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, value)
 
 
 class Swap:
-    """A set of replaced attributes.
+    """A set of replaced objects.
 
-    `add` only records; `install` replaces all of them; `uninstall` puts the same objects back.
+    `add` and `add_everywhere` only record; `install` replaces all of them, or none when one fails;
+    `uninstall` puts the same objects back.
     """
 
-    def __init__(self, package: str) -> None:
+    def __init__(self, package: str, skip: str | None = None) -> None:
         self.package = package
+        self.skip = skip
         self.planned: list[tuple[Any, str, Any]] = []
+        self.imported: list[tuple[Any, Any]] = []
         self.undo: list[tuple[Any, str, Any, Any]] = []
-        self.imported: list[tuple[str, Any, Any]] = []
-        self.items: list[tuple[dict, str, Any]] = []
 
     def add(self, owner: Any, name: str, replacement: Any) -> None:
-        """Plan `owner.name = replacement`."""
+        """Plan `owner.name = replacement`, or `owner[name]` where the owner is a dict."""
         self.planned.append((owner, name, replacement))
 
-    def add_everywhere(self, name: str, original: Any, replacement: Any) -> None:
-        """Plan the replacement in every loaded module of the package that imported `original`."""
-        for module in self._modules_with(name, original):
-            self.add(module, name, replacement)
-        self.imported.append((name, original, replacement))
+    def add_everywhere(self, original: Any, replacement: Any) -> None:
+        """Plan the replacement under all names by which the package's loaded modules have it."""
+        self.imported.append((original, replacement))
 
-    def add_item(self, registry: dict, key: str, value: Any) -> None:
-        """Plan a new entry of a registry."""
-        self.items.append((registry, key, value))
-
-    def _modules_with(self, name: str, value: Any) -> list[Any]:
-        prefix = self.package + "."
+    def _names_of(self, value: Any) -> list[tuple[Any, str]]:
         return [
-            module
+            (module, name)
             for key, module in list(sys.modules.items())
-            if (key == self.package or key.startswith(prefix))
-            and vars(module).get(name, MISSING) is value
+            if module is not None and _inside(key, self.package)
+            if self.skip is None or not _inside(key, self.skip)
+            for name, bound in list(vars(module).items())
+            if bound is value
         ]
 
     def install(self) -> None:
-        for registry, key, value in self.items:
-            registry[key] = value
-        for owner, name, replacement in self.planned:
-            before = vars(owner).get(name, MISSING)
-            setattr(owner, name, replacement)
-            self.undo.append((owner, name, before, replacement))
+        everywhere = [(*at, new) for old, new in self.imported for at in self._names_of(old)]
+        try:
+            for owner, name, replacement in (*everywhere, *self.planned):
+                self.undo.append((owner, name, _get(owner, name), replacement))
+                _put(owner, name, replacement)
+        except BaseException:
+            self.uninstall(strict=False)
+            raise
 
-    def uninstall(self) -> None:
+    def uninstall(self, strict: bool = True) -> None:
         """Put everything back.
+
+        Args:
+            strict: refuse where another patch lies on top of ours; else leave that one.
 
         Raises:
             IntegrationError: another patch lies on top of ours; nothing is changed then.
         """
         for owner, name, _, replacement in self.undo:
-            current = vars(owner).get(name, MISSING)
-            if current is not replacement:
+            current = _get(owner, name)
+            if strict and current is not replacement:
                 raise IntegrationError(
-                    f"{getattr(owner, '__name__', owner)}.{name}: expected our replacement, found "
-                    f"{current!r}; remove the later patch first"
+                    f"{_where(owner, name)}: expected our replacement, found {current!r}; remove "
+                    "the later patch first"
                 )
-        for owner, name, before, _ in reversed(self.undo):
-            if before is MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
+        for owner, name, before, replacement in reversed(self.undo):
+            if _get(owner, name) is replacement:
+                _put(owner, name, before)
         self.undo.clear()
-        for name, original, replacement in self.imported:  # modules that were loaded in between
-            for module in self._modules_with(name, replacement):
+        for original, replacement in self.imported:  # modules that were loaded in between
+            for module, name in self._names_of(replacement):
                 setattr(module, name, original)
-        for registry, key, _ in self.items:
-            registry.pop(key, None)
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A place of a framework that an adapter calls, replaces or adds to.
+
+    Attributes:
+        owner: "module", "module:Class" or "module:REGISTRY", or the object itself.
+        name: of the owner's attribute; of the new entry where the owner is a registry, a dict.
+        parameters: "self, model, ..." names of its leading parameters; None checks none.
+        replacement: makes what takes its place, from the object found (None for a new entry); None
+            leaves the place as it is. An object of a module is replaced in every module of the
+            package that imported it.
+        exact: further parameters are refused; else those with defaults pass.
+        only_here: replace it in this module alone.
+    """
+
+    owner: Any
+    name: str
+    parameters: str | None = None
+    replacement: Callable[[Any], Any] | None = None
+    exact: bool = False
+    only_here: bool = False
 
 
 class Installed:
-    """At most one installed `Swap` of a framework; the state behind patch() and unpatch()."""
+    """At most one installed `Swap` of a framework; the state behind patch() and unpatch().
 
-    def __init__(self, package: str) -> None:
-        self.package = package
+    Args:
+        package: name of the framework's package. tested: framework and version that the tables
+            follow, for messages. skip: a subpackage that keeps its own objects.
+        repeatable: patching again and unpatching what is not patched do nothing, and a later patch
+            of someone else is left in place; otherwise each of them is an error.
+        after: called after the framework's own objects are back.
+    """
+
+    def __init__(
+        self,
+        package: str,
+        tested: str,
+        *,
+        skip: str | None = None,
+        repeatable: bool = False,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        self.package, self.tested, self.skip = package, tested, skip
+        self.repeatable, self.after = repeatable, after
         self.swap: Swap | None = None
 
-    def install(self, build: Callable[[], Swap]) -> None:
-        """Build and install.
+    def find(self, hook: Hook) -> tuple[Any, Any]:
+        """The hook's owner and the object that it names, after the check of the layout.
 
         Raises:
-            IntegrationError: already installed.
+            ImportError, IntegrationError: as `install`.
+        """
+        owner = resolve(hook.owner, self.tested) if isinstance(hook.owner, str) else hook.owner
+        if isinstance(owner, dict):
+            if hook.name in owner:
+                raise IntegrationError(f"{hook.owner} has an entry {hook.name!r} already")
+            return owner, None
+        found = getattr(owner, hook.name, MISSING)
+        if found is MISSING:
+            raise _unexpected(self.package, _where(owner, hook.name), self.tested, "none")
+        if hook.parameters is not None:
+            _check_parameters(hook, owner, self.package, self.tested)
+        return owner, found
+
+    def install(self, hooks: Iterable[Hook]) -> None:
+        """Check all hooks, and then replace what they replace.
+
+        Raises:
+            ImportError: the framework, or a package that it needs, is not installed.
+            IntegrationError: it is laid out otherwise, or patched already; nothing is changed then.
         """
         if self.swap is not None:
+            if self.repeatable:
+                return
             raise IntegrationError(f"{self.package} is patched already; call unpatch() first")
-        swap = build()
+        require_module(self.package, self.tested)
+        swap = Swap(self.package, self.skip)
+        for hook in hooks:
+            owner, found = self.find(hook)
+            if hook.replacement is None:
+                continue
+            if inspect.ismodule(owner) and not hook.only_here:
+                swap.add_everywhere(found, hook.replacement(found))
+            else:
+                swap.add(owner, hook.name, hook.replacement(found))
         swap.install()
         self.swap = swap
 
     def uninstall(self) -> None:
-        """Put the package's own objects back.
+        """Put the framework's own objects back.
 
         Raises:
-            IntegrationError: nothing is installed, or another patch lies on top.
+            IntegrationError: it is not patched, or another patch lies on top of ours; not where
+                patching is repeatable.
         """
         if self.swap is None:
+            if self.repeatable:
+                return
             raise IntegrationError(f"{self.package} is not patched")
-        self.swap.uninstall()
+        self.swap.uninstall(strict=not self.repeatable)
         self.swap = None
+        if self.after is not None:
+            self.after()
 
+    def scoped(
+        self, patch: Callable[..., Any], options: Callable[[], Mapping[str, Any]] = dict
+    ) -> Callable[..., contextlib.AbstractContextManager[Any]]:
+        """`patched(**options)`: `patch(**options)` for a block.
 
-def scoped(
-    patch: Callable[..., None], unpatch: Callable[[], None]
-) -> Callable[..., contextlib.AbstractContextManager[None]]:
-    """`patched(**options)`: `patch(**options)` for a block, and `unpatch()` after it."""
+        Args:
+            options: gives those in force, to which a block within another patch returns.
+        """
 
-    @contextlib.contextmanager
-    def patched(**options: Any) -> Iterator[None]:
-        patch(**options)
-        try:
-            yield
-        finally:
-            unpatch()
+        @contextlib.contextmanager
+        def patched(**given: Any) -> Iterator[Any]:
+            """`patch(...)` for a block; after it, also after an error, all is as it was before."""
+            before = None if self.swap is None else dict(options())
+            result = patch(**given)
+            try:
+                yield result
+            finally:
+                if before is None:
+                    self.uninstall()
+                else:
+                    patch(**before)
 
-    return patched
+        return patched

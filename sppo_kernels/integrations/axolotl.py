@@ -17,24 +17,28 @@ import re
 from typing import Any, Literal
 
 from sppo_kernels.integrations._swap import (
+    Hook,
+    Installed,
     IntegrationError,
-    check_parameters,
-    require_module,
+    resolve,
     version_of,
 )
 
 TESTED = "axolotl 0.19.0"
 TRAINER = "sppo_kernels.integrations.axolotl.AxolotlSPPOTrainer"
 
-_base = require_module("axolotl.integrations.base", TESTED)
-for _name, _parameters in (
-    ("register", ("self", "cfg")),
-    ("get_input_args", ("self",)),
-    ("pre_model_load", ("self", "cfg")),
-    ("post_trainer_create", ("self", "cfg", "trainer")),
-    ("post_train_unload", ("self", "cfg")),
-):
-    check_parameters(_base.BasePlugin, _name, _parameters, "axolotl", TESTED)
+_PLUGIN = "axolotl.integrations.base:BasePlugin"
+_HOOKS = (
+    Hook(_PLUGIN, "register", "self, cfg"),
+    Hook(_PLUGIN, "get_input_args", "self"),
+    Hook(_PLUGIN, "pre_model_load", "self, cfg"),
+    Hook(_PLUGIN, "post_trainer_create", "self, cfg, trainer"),
+    Hook(_PLUGIN, "post_train_unload", "self, cfg"),
+)
+_axolotl = Installed("axolotl", TESTED)  # for the check: nothing of axolotl is replaced
+for _hook in _HOOKS:
+    _axolotl.find(_hook)
+_base = resolve("axolotl.integrations.base", TESTED)
 
 from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
 

@@ -12,32 +12,26 @@ Written against liger-kernel 0.8's `chunked_loss.dpo_loss`. Beyond it: `loss_typ
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sppo_kernels import checks
+from sppo_kernels.integrations._pairs import pair_loss, pair_rewards
+from sppo_kernels.integrations._swap import Hook, Installed
 from sppo_kernels.logps.linear import linear_sequence_logps
-from sppo_kernels.loss.pairwise import checked_settings, find_kind, pairwise_loss
+from sppo_kernels.loss.pairwise import checked_settings, find_kind
 from sppo_kernels.loss.sppo import fused_linear_sppo_loss
 
 __all__ = ["LigerFusedLinearDPOLoss", "patch", "patched", "unpatch"]
 
 # Liger's names that are ours too, and ours beyond them
-LIGER_TYPES = (
+LOSS_TYPES = (
     "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero",
-    "apo_down", "discopop",
+    "apo_down", "discopop", "sppo",
 )  # fmt: skip
-LOSS_TYPES = (*LIGER_TYPES, "sppo")
-_INIT = (
-    "ignore_index", "beta", "alpha", "compute_nll_loss", "compiled", "use_ref_model",
-    "average_log_prob", "chunk_size", "loss_type", "label_smoothing", "discopop_tau",
-)  # fmt: skip
-_CALL = ("lin_weight", "_input", "target", "bias", "ref_input", "ref_weight", "ref_bias")
 
 
 class LigerFusedLinearDPOLoss(torch.nn.Module):
@@ -133,9 +127,46 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
             ValueError: an odd batch; the reference missing; win rates missing or superfluous;
                 else as `linear_sequence_logps` and `pairwise_loss`.
         """
-        return _forward(
-            self, lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias, win_rate
-        )
+        _check_call(self, _input, target, ref_input, ref_weight, win_rate)
+        settings = _settings(self)
+        head = {
+            "ignore_index": self.ignore_index,
+            "memory_budget": getattr(self, "memory_budget", None),  # a module of Liger's has none
+            "impl": getattr(self, "impl", "auto"),
+        }
+        pairs = target.shape[0] // 2
+        tokens = (target != self.ignore_index).sum(-1)
+        nll = torch.zeros((), device=_input.device)
+        with torch.no_grad():
+            if self.use_ref_model:
+                ref = linear_sequence_logps(ref_input, ref_weight, target, bias=ref_bias, **head)
+            else:
+                ref = torch.zeros(2 * pairs, device=_input.device)
+            if self.average_log_prob:
+                ref = ref / tokens
+        hard = self.loss_type == "sppo_hard"
+        if (hard or self.loss_type == "sppo") and not (
+            self.average_log_prob or self.compute_nll_loss
+        ):
+            # the loss inside the op: with a budget, groups of sequences still cost three GEMMs
+            win = torch.arange(2 * pairs, device=_input.device) < pairs if hard else win_rate
+            loss, logps = fused_linear_sppo_loss(
+                _input, lin_weight, target, ref, win.float(), bias=bias,
+                eta=1.0 / settings["beta"], **head,
+            )  # fmt: skip
+            loss = 2.0 * loss if hard else loss
+        else:
+            sums = linear_sequence_logps(_input, lin_weight, target, bias=bias, **head)
+            logps = sums / tokens if self.average_log_prob else sums
+            wins = None if win_rate is None else win_rate.chunk(2)
+            loss = pair_loss(logps.chunk(2), ref.chunk(2), wins, kind=self.loss_type, **settings)
+            if self.compute_nll_loss:
+                nll = -sums[:pairs].sum() / tokens[:pairs].sum()
+                loss = loss + self.alpha * nll
+        logps = logps.detach()
+        rewards = pair_rewards(logps.chunk(2), ref.chunk(2), settings["beta"])
+        means = _mean_logits(lin_weight, _input, bias)
+        return loss, (*logps.chunk(2), *means, nll.detach(), *rewards)
 
 
 def _settings(module: Any) -> dict[str, float]:
@@ -149,66 +180,6 @@ def _settings(module: Any) -> dict[str, float]:
     if module.loss_type == "sigmoid":
         given["label_smoothing"] = None  # Liger's sigmoid has none
     return checked_settings(objective, {k: v for k, v in given.items() if k in objective.settings})
-
-
-def _forward(
-    module: Any,
-    lin_weight: Tensor,
-    _input: Tensor,
-    target: Tensor,
-    bias: Tensor | None = None,
-    ref_input: Tensor | None = None,
-    ref_weight: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    win_rate: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The call, on the settings of our module or of Liger's own."""
-    _check_call(module, _input, target, ref_input, ref_weight, win_rate)
-    settings = _settings(module)
-    head = {
-        "ignore_index": module.ignore_index,
-        "memory_budget": getattr(module, "memory_budget", None),
-        "impl": getattr(module, "impl", "auto"),
-    }
-    pairs = target.shape[0] // 2
-    tokens = (target != module.ignore_index).sum(-1)
-    with torch.no_grad():
-        if module.use_ref_model:
-            ref = linear_sequence_logps(ref_input, ref_weight, target, bias=ref_bias, **head)
-        else:
-            ref = torch.zeros(2 * pairs, device=_input.device)
-        if module.average_log_prob:
-            ref = ref / tokens
-    hard = module.loss_type == "sppo_hard"
-    sppo = hard or module.loss_type == "sppo"
-    if sppo and not (module.average_log_prob or module.compute_nll_loss):
-        # the loss inside the op: with a budget, groups of sequences still cost three GEMMs
-        win = win_rate
-        if hard:
-            win = torch.arange(2 * pairs, device=_input.device) < pairs
-        loss, logps = fused_linear_sppo_loss(
-            _input, lin_weight, target, ref, win.float(), bias=bias, eta=1.0 / settings["beta"],
-            **head,
-        )  # fmt: skip
-        loss = 2.0 * loss if hard else loss
-        nll = torch.zeros((), device=_input.device)
-    else:
-        sums = linear_sequence_logps(_input, lin_weight, target, bias=bias, **head)
-        logps = sums / tokens if module.average_log_prob else sums
-        wins = {}
-        if module.loss_type == "sppo":
-            wins = {"chosen_win": win_rate[:pairs], "rejected_win": win_rate[pairs:]}
-        loss = pairwise_loss(
-            *logps.chunk(2), *ref.chunk(2), kind=module.loss_type, **settings, **wins
-        )
-        nll = torch.zeros((), device=_input.device)
-        if module.compute_nll_loss:
-            nll = -sums[:pairs].sum() / tokens[:pairs].sum()
-            loss = loss + module.alpha * nll
-    logps = logps.detach()
-    rewards = settings["beta"] * (logps - ref)
-    means = _mean_logits(lin_weight, _input, bias)
-    return loss, (*logps.chunk(2), *means, nll.detach(), *rewards.chunk(2))
 
 
 def _check_call(
@@ -257,7 +228,22 @@ def _mean_logits(weight: Tensor, hidden: Tensor, bias: Tensor | None) -> tuple[T
 
 # --- switching Liger's own class ------------------------------------------------------------------
 
-_original: tuple[Any, Any] | None = None  # its forward and its supported types, while patched
+
+def _call(function: Any) -> str:
+    """Parameters that Liger's function shares with ours."""
+    ours = inspect.signature(function).parameters.values()
+    names = (p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "win_rate")
+    return ", ".join(names)
+
+
+_CLASS = "liger_kernel.chunked_loss.dpo_loss:LigerFusedLinearDPOLoss"
+_INIT, _FORWARD = LigerFusedLinearDPOLoss.__init__, LigerFusedLinearDPOLoss.forward
+_HOOKS = (
+    Hook(_CLASS, "__init__", _call(_INIT), exact=True),
+    Hook(_CLASS, "forward", _call(_FORWARD), lambda _: _FORWARD, exact=True),
+    Hook(_CLASS, "_SUPPORTED_LOSS_TYPES", None, lambda types: {*types, "sppo"}),
+)
+_installed = Installed("liger_kernel", "liger-kernel 0.8", repeatable=True)
 
 
 def patch() -> None:
@@ -267,41 +253,8 @@ def patch() -> None:
         ImportError: liger-kernel is not installed.
         RuntimeError: its constructor or call is not the one this was written against.
     """
-    global _original
-    if _original is not None:
-        return
-    from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOLoss as theirs
-
-    for function, expected in ((theirs.__init__, _INIT), (theirs.forward, _CALL)):
-        found = tuple(inspect.signature(function).parameters)[1:]
-        if found != expected:
-            raise RuntimeError(
-                f"liger-kernel: this version is not supported: expected {function.__qualname__} "
-                f"of 0.8, with {expected}, got {found}"
-            )
-    _original = theirs.forward, theirs._SUPPORTED_LOSS_TYPES
-    theirs.forward = _forward
-    theirs._SUPPORTED_LOSS_TYPES = {*theirs._SUPPORTED_LOSS_TYPES, "sppo"}
+    _installed.install(_HOOKS)
 
 
-def unpatch() -> None:
-    """Put Liger's own objects back; does nothing when they are there."""
-    global _original
-    if _original is None:
-        return
-    from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOLoss as theirs
-
-    theirs.forward, theirs._SUPPORTED_LOSS_TYPES = _original
-    _original = None
-
-
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
-    """`patch()` for the duration of a `with` block."""
-    before = _original is not None
-    patch()
-    try:
-        yield
-    finally:
-        if not before:
-            unpatch()
+unpatch = _installed.uninstall
+patched = _installed.scoped(patch)

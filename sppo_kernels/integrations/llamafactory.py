@@ -15,24 +15,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-import sppo_kernels as sk
 from sppo_kernels import checks
 from sppo_kernels.integrations._capture import forget_heads, fused_head
-from sppo_kernels.integrations._swap import (
-    Installed,
-    IntegrationError,
-    Swap,
-    check_parameters,
-    require_module,
-    scoped,
-    version_of,
-)
+from sppo_kernels.integrations._pairs import pair_loss, pair_rewards
+from sppo_kernels.integrations._swap import Hook, Installed, IntegrationError, resolve
 
 __all__ = ["batch_logps", "patch", "patched", "trainer_class", "unpatch"]
 
@@ -40,7 +33,7 @@ TESTED = "LLaMA-Factory 0.9.5"
 IGNORED = -100
 COLUMNS = ("chosen_probs_win", "chosen_probs_lose")
 AVERAGED = ("ipo", "orpo", "simpo")
-_installed = Installed("llamafactory")
+_installed = Installed("llamafactory", TESTED, after=forget_heads)
 
 
 def batch_logps(
@@ -94,25 +87,22 @@ def trainer_class(
             self, model: Any, batch: dict[str, Tensor], is_ref_model: bool = False
         ) -> dict[str, Tensor]:
             """Log-probs of chosen and rejected responses; the "logits" are means over V, [B, T]."""
-            batch = {k: v for k, v in batch.items() if k not in ("labels", "win_rates")} | {
-                "labels": batch["labels"]
-            }
-            labels = functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+            inputs = {k: v for k, v in batch.items() if k not in ("labels", "win_rates")}
+            labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
             with fused_head(model, labels, mean_logits=True) as got:
-                model(**batch, return_dict=True, use_cache=False)
-            logps, lengths = batch_logps(
-                got["logps"], labels, None if is_ref_model else self.ld_alpha
-            )
-            if self.loss_type in AVERAGED:
-                logps = logps / lengths
-            half = len(labels) // 2
-            average = logps if self.loss_type in AVERAGED else logps / lengths
+                model(**inputs, return_dict=True, use_cache=False)
+            ld_alpha = None if is_ref_model else self.ld_alpha
+            logps, lengths = batch_logps(got["logps"], labels, ld_alpha)
+            average = logps / lengths
+            logps = average if self.loss_type in AVERAGED else logps
+            chosen, rejected = logps.chunk(2)
+            chosen_logits, rejected_logits = got["mean_logits"].chunk(2)
             return {
-                "chosen_logps": logps[:half],
-                "rejected_logps": logps[half:],
-                "chosen_logits": got["mean_logits"][:half],
-                "rejected_logits": got["mean_logits"][half:],
-                "chosen_logps_avg": average[:half],
+                "chosen_logps": chosen,
+                "rejected_logps": rejected,
+                "chosen_logits": chosen_logits,
+                "rejected_logits": rejected_logits,
+                "chosen_logps_avg": average.chunk(2)[0],
             }
 
         def get_batch_loss_metrics(self, model: Any, batch: dict, train_eval: str = "train") -> Any:
@@ -131,17 +121,14 @@ def trainer_class(
             ref = (reference_chosen_logps, reference_rejected_logps)
             if loss != "sppo":
                 return super().compute_preference_loss(*policy, *ref)
-            step = {"beta": self.beta if eta is None else 1.0 / eta, "reduction": "none"}
-            if win_rates == "hard":
-                losses = sk.pairwise_loss(*policy, *ref, kind="sppo_hard", **step)
-            elif self._win_rates is None:
-                raise IntegrationError(_no_rates())
-            else:
-                win, lose = self._win_rates.to(policy[0].device).chunk(2)
-                rates = {"chosen_win": win, "rejected_win": lose}
-                losses = sk.pairwise_loss(*policy, *ref, kind="sppo", **rates, **step)
-            rewards = (self.beta * (p - r).detach() for p, r in zip(policy, ref, strict=True))
-            return losses, *rewards
+            wins = None
+            if win_rates == "columns":
+                if self._win_rates is None:
+                    raise IntegrationError(_no_rates())
+                wins = self._win_rates.to(policy[0].device).chunk(2)
+            beta = self.beta if eta is None else 1.0 / eta
+            losses = pair_loss(policy, ref, wins, beta=beta, reduction="none")
+            return losses, *pair_rewards(policy, ref, self.beta)
 
     SPPOCustomDPOTrainer.__name__ = SPPOCustomDPOTrainer.__qualname__ = base.__name__
     return SPPOCustomDPOTrainer
@@ -193,44 +180,29 @@ def _collator(original: Any) -> Any:
     return __call__
 
 
-def _build(loss: str, eta: float | None, win_rates: str) -> Swap:
+def _hooks(loss: str, eta: float | None, win_rates: str) -> Iterator[Hook]:
     checks.choice("loss", loss, ("dpo", "sppo"))
     checks.choice("win_rates", win_rates, ("hard", "columns"))
     if eta is not None:
         checks.positive("eta", eta)
-    require_module("llamafactory", TESTED)
-    swap = Swap("llamafactory")
-    trainer = require_module("llamafactory.train.dpo.trainer", TESTED)
-    base = getattr(trainer, "CustomDPOTrainer", None)
-    logps = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps")
-    for name, parameters in (
-        ("concatenated_forward", ("self", "model", "batch", "is_ref_model")),
-        ("compute_preference_loss", ("self", *logps, "reference_rejected_logps")),
-        ("get_batch_loss_metrics", ("self", "model", "batch", "train_eval")),
-    ):
-        check_parameters(base, name, parameters, "llamafactory", TESTED)
-    ours = trainer_class(base, loss=loss, eta=eta, win_rates=win_rates)
-    swap.add_everywhere("CustomDPOTrainer", base, ours)
-    if loss == "sppo" and win_rates == "columns":
-        converter = require_module("llamafactory.data.converter", TESTED)
-        pairwise = require_module("llamafactory.data.processor.pairwise", TESTED)
-        collator = require_module("llamafactory.data.collator", TESTED)
-        classes = getattr(converter, "DATASET_CONVERTERS", None)
-        if not isinstance(classes, dict):
-            raise IntegrationError(
-                f"llamafactory {version_of('llamafactory')}: expected DATASET_CONVERTERS, a dict, "
-                f"in llamafactory.data.converter (as in {TESTED}), found {classes!r}"
-            )
-        for cls in set(classes.values()):
-            call = check_parameters(cls, "__call__", ("self", "example"), "llamafactory", TESTED)
-            swap.add(cls, "__call__", _converter(call))
-        cls, name = pairwise.PairwiseDatasetProcessor, "preprocess_dataset"
-        method = check_parameters(cls, name, ("self", "examples"), "llamafactory", TESTED)
-        swap.add(cls, name, _processor(method))
-        cls = collator.PairwiseDataCollatorWithPadding
-        call = check_parameters(cls, "__call__", ("self", "features"), "llamafactory", TESTED)
-        swap.add(cls, "__call__", _collator(call))
-    return swap
+    module = "llamafactory.train.dpo.trainer"
+    trainer = f"{module}:CustomDPOTrainer"
+    sides = "policy_chosen_logps, policy_rejected_logps"
+    sides += ", " + sides.replace("policy", "reference")
+    yield Hook(trainer, "concatenated_forward", "self, model, batch, is_ref_model")
+    yield Hook(trainer, "compute_preference_loss", f"self, {sides}")
+    yield Hook(trainer, "get_batch_loss_metrics", "self, model, batch, train_eval")
+    options = {"loss": loss, "eta": eta, "win_rates": win_rates}
+    yield Hook(module, "CustomDPOTrainer", None, lambda base: trainer_class(base, **options))
+    if loss != "sppo" or win_rates != "columns":
+        return
+    converters = resolve("llamafactory.data.converter:DATASET_CONVERTERS", TESTED, dict)
+    for cls in set(converters.values()):
+        yield Hook(cls, "__call__", "self, example", _converter)
+    processor = "llamafactory.data.processor.pairwise:PairwiseDatasetProcessor"
+    yield Hook(processor, "preprocess_dataset", "self, examples", _processor)
+    collator = "llamafactory.data.collator:PairwiseDataCollatorWithPadding"
+    yield Hook(collator, "__call__", "self, features", _collator)
 
 
 def patch(*, loss: str = "dpo", eta: float | None = None, win_rates: str = "hard") -> None:
@@ -244,23 +216,15 @@ def patch(*, loss: str = "dpo", eta: float | None = None, win_rates: str = "hard
             chosen_probs_win and chosen_probs_lose, the released SPPO layout.
 
     Raises:
-        ImportError: llamafactory is not installed. IntegrationError: it is laid out otherwise than
-            in the version tested, or patched already; nothing is changed then.
+        ImportError: llamafactory, or a package that it needs, is not installed. IntegrationError:
+            it is laid out otherwise than in the version tested, or patched already; nothing is
+            changed then.
     """
-    _installed.install(lambda: _build(loss, eta, win_rates))
+    _installed.install(_hooks(loss, eta, win_rates))
 
 
-def unpatch() -> None:
-    """Put LLaMA-Factory's own objects back.
-
-    Raises:
-        IntegrationError: it is not patched, or another patch lies on top of ours.
-    """
-    _installed.uninstall()
-    forget_heads()
-
-
-patched = scoped(patch, unpatch)
+unpatch = _installed.uninstall
+patched = _installed.scoped(patch)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,32 +22,13 @@ from torch import Tensor, nn
 import sppo_kernels as sk
 from sppo_kernels import checks
 from sppo_kernels.integrations._capture import forget_heads, fused_head
-from sppo_kernels.integrations._swap import (
-    Installed,
-    IntegrationError,
-    Swap,
-    check_parameters,
-    require_module,
-    scoped,
-    version_of,
-)
+from sppo_kernels.integrations._pairs import pair_loss, pair_rewards
+from sppo_kernels.integrations._swap import Hook, Installed, IntegrationError, require_module
 
 __all__ = ["SPPOLoss", "actor_forward", "log_probs_from_logits", "patch", "patched", "unpatch"]
 
 TESTED = "OpenRLHF 0.11.2"
-FORWARD = (
-    "self",
-    "sequences",
-    "action_mask",
-    "attention_mask",
-    "return_output",
-    "allgather_logits",
-    "return_logprobs",
-    "ring_attn_group",
-    "packed_seq_lens",
-    "return_entropy",
-)
-_installed = Installed("openrlhf")
+_installed = Installed("openrlhf", TESTED, after=forget_heads)
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -98,13 +80,10 @@ class SPPOLoss(nn.Module):
         """
         policy = (policy_chosen_logps, policy_rejected_logps)
         ref = (reference_chosen_logps.detach(), reference_rejected_logps.detach())
-        if chosen_win_rate is None and rejected_win_rate is None:
-            loss = sk.pairwise_loss(*policy, *ref, kind="sppo_hard", beta=self.beta)
-        else:
-            win = {"chosen_win": chosen_win_rate, "rejected_win": rejected_win_rate}
-            loss = sk.pairwise_loss(*policy, *ref, kind="sppo", beta=self.beta, **win)
-        chosen, rejected = (self.beta * (p - r).detach() for p, r in zip(policy, ref, strict=True))
-        return loss, chosen, rejected
+        wins = (chosen_win_rate, rejected_win_rate)
+        hard = all(rate is None for rate in wins)
+        loss = pair_loss(policy, ref, None if hard else wins, beta=self.beta)
+        return loss, *pair_rewards(policy, ref, self.beta)
 
 
 def actor_forward(original: Any, helpers: Any) -> Any:
@@ -174,35 +153,33 @@ def actor_forward(original: Any, helpers: Any) -> Any:
     return forward
 
 
-def _build(head: bool, logits: bool, loss: str) -> Swap:
+def _hooks(head: bool, logits: bool, loss: str) -> Iterator[Hook]:
     checks.choice("loss", loss, ("dpo", "sppo"))
-    require_module("openrlhf", TESTED)
-    swap = Swap("openrlhf")
     actor = require_module("openrlhf.models.actor", TESTED)
-    utils = require_module("openrlhf.models.utils", TESTED)
-    losses = require_module("openrlhf.models.loss", TESTED)
     if logits:
-        names = ("logits", "labels", "temperature")
-        original = check_parameters(utils, "log_probs_from_logits", names, "openrlhf", TESTED)
-        swap.add_everywhere("log_probs_from_logits", original, log_probs_from_logits)
+        yield Hook(
+            "openrlhf.models.utils", "log_probs_from_logits", "logits, labels, temperature",
+            lambda _: log_probs_from_logits,
+        )  # fmt: skip
     if head:
-        cls = getattr(actor, "Actor", None)
-        original = check_parameters(cls, "forward", FORWARD, "openrlhf", TESTED)
-        for name in ("unpad_and_slice_tensor", "gather_and_pad_tensor"):
-            if not hasattr(actor, name):
-                raise IntegrationError(
-                    f"openrlhf {version_of('openrlhf')}: expected {name} in openrlhf.models.actor "
-                    f"(as in {TESTED}), found none"
-                )
-        swap.add(cls, "forward", actor_forward(original, actor))
+        yield Hook(actor, "unpad_and_slice_tensor", "sequences, attention_mask, ring_attn_group")
+        yield Hook(
+            actor, "gather_and_pad_tensor",
+            "tensor, ring_attn_group, ring_attn_pad_len, indices, batch, seqlen",
+        )  # fmt: skip
+        yield Hook(
+            "openrlhf.models.actor:Actor", "forward",
+            "self, sequences, action_mask, attention_mask, return_output, allgather_logits, "
+            "return_logprobs, ring_attn_group, packed_seq_lens, return_entropy",
+            lambda original: actor_forward(original, actor),
+        )  # fmt: skip
     if loss == "sppo":
-        names = ("beta", "label_smoothing", "ipo")
-        original = check_parameters(losses, "DPOLoss", names, "openrlhf", TESTED)
-        names = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps")
-        check_parameters(original, "forward", ("self", *names, "reference_rejected_logps"),
-                         "openrlhf", TESTED)  # fmt: skip
-        swap.add_everywhere("DPOLoss", original, SPPOLoss)
-    return swap
+        sides = "policy_chosen_logps, policy_rejected_logps"
+        sides += ", " + sides.replace("policy", "reference")
+        yield Hook(
+            "openrlhf.models.loss", "DPOLoss", "beta, label_smoothing, ipo", lambda _: SPPOLoss
+        )
+        yield Hook("openrlhf.models.loss:DPOLoss", "forward", f"self, {sides}")
 
 
 def patch(*, loss: str = "dpo", head: bool = True, logits: bool = True) -> None:
@@ -215,23 +192,15 @@ def patch(*, loss: str = "dpo", head: bool = True, logits: bool = True) -> None:
         logits: replace `log_probs_from_logits`, which is what is left where logits are used.
 
     Raises:
-        ImportError: openrlhf is not installed. IntegrationError: it is laid out otherwise than in
-            the version tested, or patched already; nothing is changed then.
+        ImportError: openrlhf, or a package that it needs, is not installed. IntegrationError: it is
+            laid out otherwise than in the version tested, or patched already; nothing is changed
+            then.
     """
-    _installed.install(lambda: _build(head, logits, loss))
+    _installed.install(_hooks(head, logits, loss))
 
 
-def unpatch() -> None:
-    """Put OpenRLHF's own objects back.
-
-    Raises:
-        IntegrationError: it is not patched, or another patch lies on top of ours.
-    """
-    _installed.uninstall()
-    forget_heads()
-
-
-patched = scoped(patch, unpatch)
+unpatch = _installed.uninstall
+patched = _installed.scoped(patch)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ recipe/sppo/dp_actor.py of verl 0.6.0.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,30 +20,16 @@ from torch import Tensor
 
 import sppo_kernels as sk
 from sppo_kernels import checks
-from sppo_kernels.integrations._swap import (
-    Installed,
-    IntegrationError,
-    Swap,
-    check_parameters,
-    require_module,
-    scoped,
-)
+from sppo_kernels.integrations._swap import Hook, Installed, IntegrationError, resolve
 
 __all__ = [
-    "compute_sppo_advantage",
-    "compute_sppo_loss",
-    "fused_linear_for_ppo",
-    "linear_cross_entropy",
-    "logprobs_from_logits",
-    "patch",
-    "patched",
-    "sppo_policy_loss",
-    "unpatch",
-]
+    "compute_sppo_advantage", "compute_sppo_loss", "fused_linear_for_ppo", "linear_cross_entropy",
+    "logprobs_from_logits", "patch", "patched", "sppo_policy_loss", "unpatch",
+]  # fmt: skip
 
 TESTED = "verl 0.9.1"
 REDUCTIONS = ("none", "sum", "mean")
-_installed = Installed("verl")
+_installed = Installed("verl", TESTED)
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
@@ -59,25 +46,6 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
         the dtype of the logits, bfloat16 included.
     """
     return sk.token_logps(logits, labels, inplace_backward=inplace_backward)
-
-
-def _logps_and_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    if hasattr(weight, "full_tensor"):
-        raise IntegrationError(
-            "vocab_weights: expected a plain tensor, got a DTensor; gather it with full_tensor()"
-        )
-    if isinstance(temperature, Tensor):
-        raise TypeError("temperature: expected a number, got a tensor (one for each sample?)")
-    stats = sk.linear_token_stats(
-        hidden,
-        weight.to(hidden.dtype),
-        labels,
-        outputs=("entropy",),
-        logit_scale=1.0 / checks.positive("temperature", temperature),
-    )
-    return stats.logps, stats.entropy
 
 
 def fused_linear_for_ppo(
@@ -98,7 +66,20 @@ def fused_linear_for_ppo(
         IntegrationError: vocab_weights is a DTensor. TypeError, ValueError: as
             `sk.linear_token_stats`.
     """
-    return _logps_and_entropy(hidden_states, vocab_weights, input_ids, temperature)
+    if hasattr(vocab_weights, "full_tensor"):
+        raise IntegrationError(
+            "vocab_weights: expected a plain tensor, got a DTensor; gather it with full_tensor()"
+        )
+    if isinstance(temperature, Tensor):
+        raise TypeError("temperature: expected a number, got a tensor (one for each sample?)")
+    stats = sk.linear_token_stats(
+        hidden_states,
+        vocab_weights.to(hidden_states.dtype),
+        input_ids,
+        outputs=("entropy",),
+        logit_scale=1.0 / checks.positive("temperature", temperature),
+    )
+    return stats.logps, stats.entropy
 
 
 def linear_cross_entropy(
@@ -129,7 +110,7 @@ def linear_cross_entropy(
             "ranks (tensor parallelism) is not supported, keep verl's own kernel for it"
         )
     checks.choice("reduction", reduction.lower(), REDUCTIONS)
-    logps, entropy = _logps_and_entropy(
+    logps, entropy = fused_linear_for_ppo(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature
     )
     if reduction.lower() != "none":
@@ -261,51 +242,45 @@ def compute_sppo_advantage(
     return advantages, advantages
 
 
-def _build(eta: float | None, head: bool) -> Swap:
-    require_module("verl", TESTED)
-    swap = Swap("verl")
+_HEAD = (
+    Hook(
+        "verl.utils.torch_functional", "logprobs_from_logits", "logits, labels, inplace_backward",
+        lambda _: logprobs_from_logits,
+    ),
+    Hook("verl.utils.experimental.torch_functional", "FusedLinearForPPO", "chunk_size"),
+    Hook(
+        "verl.utils.experimental.torch_functional:FusedLinearForPPO", "forward",
+        "self, hidden_states, vocab_weights, input_ids, temperature",
+        lambda _: lambda self, *args, **kwargs: fused_linear_for_ppo(*args, **kwargs),
+    ),
+    Hook(
+        "verl.utils.kernel.linear_cross_entropy:LinearCrossEntropy", "forward",
+        "ctx, hidden, weight, labels, temperature, reduction",
+    ),
+    Hook(
+        "verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy", None,
+        lambda _: linear_cross_entropy,
+    ),
+)  # fmt: skip
+
+
+def _hooks(eta: float | None, head: bool) -> Iterator[Hook]:
     if head:
-        functional = require_module("verl.utils.torch_functional", TESTED)
-        fused = require_module("verl.utils.experimental.torch_functional", TESTED)
-        kernel = require_module("verl.utils.kernel.linear_cross_entropy", TESTED)
-        original = check_parameters(
-            functional,
-            "logprobs_from_logits",
-            ("logits", "labels", "inplace_backward"),
-            "verl",
-            TESTED,
-        )
-        swap.add_everywhere("logprobs_from_logits", original, logprobs_from_logits)
-        cls = check_parameters(fused, "FusedLinearForPPO", ("chunk_size",), "verl", TESTED)
-        names = ("self", "hidden_states", "vocab_weights", "input_ids", "temperature")
-        check_parameters(cls, "forward", names, "verl", TESTED)
-
-        def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
-            return fused_linear_for_ppo(hidden_states, vocab_weights, input_ids, temperature)
-
-        swap.add(cls, "forward", forward)
-        function = getattr(kernel, "LinearCrossEntropy", None)
-        names = ("ctx", "hidden", "weight", "labels", "temperature", "reduction")
-        check_parameters(function, "forward", names, "verl", TESTED)
-        original = getattr(kernel, "linear_cross_entropy", None)
-        swap.add_everywhere("linear_cross_entropy", original, linear_cross_entropy)
+        yield from _HEAD
     if eta is not None:
-        algorithms = require_module("verl.trainer.ppo.core_algos", TESTED)
-        vanilla = ("old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode")
-        check_parameters(algorithms, "compute_policy_loss_vanilla", vanilla, "verl", TESTED)
+        algorithms = "verl.trainer.ppo.core_algos"
+        yield Hook(
+            algorithms,
+            "compute_policy_loss_vanilla",
+            "old_log_prob, log_prob, advantages, response_mask, loss_agg_mode",
+        )
         for name, value in (
             ("POLICY_LOSS_REGISTRY", sppo_policy_loss(eta)),
             ("ADV_ESTIMATOR_REGISTRY", compute_sppo_advantage),
         ):
-            registry = getattr(algorithms, name, None)
-            if not isinstance(registry, dict):
-                raise IntegrationError(
-                    f"verl: expected core_algos.{name}, a dict (as in {TESTED}), found {registry!r}"
-                )
-            if "sppo" in registry:
-                raise IntegrationError(f"verl: core_algos.{name} has an entry 'sppo' already")
-            swap.add_item(registry, "sppo", value)
-    return swap
+            registry = f"{algorithms}:{name}"
+            resolve(registry, TESTED, dict)
+            yield Hook(registry, "sppo", None, lambda _, value=value: value)
 
 
 def patch(*, eta: float | None = None, head: bool = True) -> None:
@@ -318,19 +293,12 @@ def patch(*, eta: float | None = None, head: bool = True) -> None:
             "liger" alike) and `linear_cross_entropy`, also where verl's modules imported them.
 
     Raises:
-        ImportError: verl is not installed. IntegrationError: it is laid out otherwise than in the
-            version tested, or patched already; nothing is changed then.
+        ImportError: verl, or a package that it needs, is not installed. IntegrationError: it is
+            laid out otherwise than in the version tested, or patched already; nothing is changed
+            then.
     """
-    _installed.install(lambda: _build(eta, head))
+    _installed.install(_hooks(eta, head))
 
 
-def unpatch() -> None:
-    """Put verl's own objects back.
-
-    Raises:
-        IntegrationError: verl is not patched, or another patch lies on top of ours.
-    """
-    _installed.uninstall()
-
-
-patched = scoped(patch, unpatch)
+unpatch = _installed.uninstall
+patched = _installed.scoped(patch)

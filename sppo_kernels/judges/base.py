@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -82,6 +83,14 @@ def check_batch(prompts: Sequence[Any], responses: Sequence[Sequence[str]]) -> i
     return len(responses[0])
 
 
+def ordered_pairs(
+    prompts: Sequence[Any], responses: Sequence[Sequence[str]]
+) -> list[tuple[int, int, int]]:
+    """(n, i, j), i != j, of all comparisons of a checked batch, in both orders."""
+    pairs = list(itertools.permutations(range(check_batch(prompts, responses)), 2))
+    return [(n, i, j) for n in range(len(prompts)) for i, j in pairs]
+
+
 def prompt_text(prompt: Any) -> str:
     """A prompt as text: chat messages of a single user turn give its content."""
     if isinstance(prompt, str):
@@ -89,29 +98,3 @@ def prompt_text(prompt: Any) -> str:
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-
-
-def load_judge(spec: str, **options: Any) -> Judge:
-    """A judge by its name.
-
-    Args:
-        spec: "pairrm:PATH", "reward:PATH", "recorded:FILE.csv" or "MODULE:FUNCTION".
-        options: for the judge's class.
-
-    Raises:
-        JudgeError: the name has none of these forms.
-    """
-    from sppo_kernels.judges.pairrm import PairRMJudge
-    from sppo_kernels.judges.reward import RewardModelJudge
-    from sppo_kernels.judges.simple import CallableJudge, RecordedJudge
-
-    kind, found, rest = spec.partition(":")
-    if not found or not rest:
-        raise JudgeError(
-            "judge: expected pairrm:PATH, reward:PATH, recorded:FILE or MODULE:FUNCTION, got "
-            f"{spec!r}"
-        )
-    classes = {"pairrm": PairRMJudge, "reward": RewardModelJudge, "recorded": RecordedJudge}
-    if kind in classes:
-        return classes[kind](rest, **options)
-    return CallableJudge(spec, **options)

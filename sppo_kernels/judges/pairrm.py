@@ -6,8 +6,8 @@ and that of LLM-Blender, whose config.json names the checkpoint it was made from
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sppo_kernels.data.rows import OverLengthError
-from sppo_kernels.judges.base import JudgeError, check_batch, prompt_text
+from sppo_kernels.judges.base import JudgeError, ordered_pairs, prompt_text
+from sppo_kernels.judges.batching import ModelJudge
 from sppo_kernels.optional import require
-
-logger = logging.getLogger("sppo_kernels")
 
 PREFIXES = {"source": "<|source|>", "cand1": "<|candidate1|>", "cand2": "<|candidate2|>"}
 
@@ -59,7 +57,7 @@ class PairRMModel(nn.Module):
         return (first - second).float().mean(-1)
 
 
-class PairRMJudge:
+class PairRMJudge(ModelJudge):
     """PairRM over all ordered pairs of responses.
 
     Args:
@@ -68,14 +66,15 @@ class PairRMJudge:
         max_length: most tokens of prompt and both responses together (default: the checkpoint's,
             else 2048).
         source_max_length: most tokens of the prompt (default: the checkpoint's, else 1224).
-        overlong: "refuse": a text that does not fit is an error; "truncate": it is cut, counted in
-            `truncated`, and reported once a call.
-        device, dtype: of the model.
-        progress: whether to show a bar.
+        overlong, device, progress: see `ModelJudge`; what is cut is the end of a text.
+        dtype: of the model.
 
     Raises:
         JudgeError: the folder is no PairRM checkpoint. OverLengthError: see `overlong`.
     """
+
+    name = "PairRM"
+    items = "comparisons"
 
     def __init__(
         self,
@@ -89,18 +88,13 @@ class PairRMJudge:
         dtype: torch.dtype = torch.float32,
         progress: bool = False,
     ) -> None:
-        transformers = require("transformers")
-        if overlong not in ("refuse", "truncate"):
-            raise JudgeError(f"overlong: expected 'refuse' or 'truncate', got {overlong!r}")
         path = Path(path)
-        self.batch_size, self.overlong, self.progress = batch_size, overlong, progress
-        self.device = torch.device(device)
-        self.truncated = 0
         settings, config = read_config(path)
         self.source_max = source_max_length or settings.get("source_maxlength") or 1224
         candidate = settings.get("candidate_maxlength") or 412
-        self.max_length = max_length or self.source_max + 2 * candidate
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        max_length = max_length or self.source_max + 2 * candidate
+        super().__init__(batch_size, max_length, overlong, device, progress)
+        self.tokenizer = require("transformers").AutoTokenizer.from_pretrained(path)
         marks = self._marks(settings)
         state = read_weights(path)
         words = state.get("pretrained_model.embeddings.word_embeddings.weight")
@@ -128,66 +122,35 @@ class PairRMJudge:
             marks[name] = mark
         return marks
 
-    def _encode(self, mark: str, text: str, room: int) -> list[int]:
+    def _body(self, text: str) -> list[int]:
+        """Ids of a text, which must not forge marks."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [t for t in ids if t not in self.model.marks.values()]
+
+    def _part(self, mark: str, body: list[int], room: int) -> list[int]:
         """[CLS] mark text [SEP], as the checkpoints were trained; at most `room` tokens."""
-        tokenizer = self.tokenizer
-        start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
-        body = tokenizer(text, add_special_tokens=False)["input_ids"]
-        body = [
-            t for t in body if t not in self.model.marks.values()
-        ]  # a text must not forge marks
-        if len(body) + 3 > room:
-            self.truncated += 1
-            self._over.append(len(body) + 3)
-            body = body[: max(0, room - 3)]
-        return [start, self.model.marks[mark], *body, end]
+        start, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        return [start, self.model.marks[mark], *self.fit(body, room - 3), end]
 
-    def pair_ids(self, prompt: Any, first: str, second: str) -> list[int]:
-        """Token ids of a prompt and two responses, in the order shown."""
-        source = self._encode("source", prompt_text(prompt), self.source_max)
-        room = (self.max_length - len(source)) // 2
-        return source + self._encode("cand1", first, room) + self._encode("cand2", second, room)
+    def pair_ids(self, source: list[int], first: list[int], second: list[int]) -> list[int]:
+        """Ids of a comparison from those of the prompt and two responses, in the order shown."""
+        ids = self._part("source", source, self.source_max)
+        room = (self.max_length - len(ids)) // 2
+        return ids + self._part("cand1", first, room) + self._part("cand2", second, room)
 
-    @torch.no_grad()
     def logits(self, prompts: Sequence[Any], responses: Sequence[Sequence[str]]) -> Tensor:
         """See `Judge.logits`; every pair is scored in both orders."""
-        count = check_batch(prompts, responses)
-        self._over: list[int] = []
-        pairs = [
-            (n, i, j)
-            for n in range(len(prompts))
-            for i in range(count)
-            for j in range(count)
-            if i != j
-        ]
-        ids = [self.pair_ids(prompts[n], responses[n][i], responses[n][j]) for n, i, j in pairs]
-        if self._over:
-            report = (
-                f"PairRM: {len(self._over)} texts in {len(pairs)} comparisons do not fit "
-                f"max_length={self.max_length} (longest: {max(self._over)} tokens)"
+        pairs, count = ordered_pairs(prompts, responses), len(responses[0])
+        body = functools.cache(self._body)  # a text is read once, not once a comparison
+        items = (
+            self.pair_ids(
+                body(prompt_text(prompts[n])), body(responses[n][i]), body(responses[n][j])
             )
-            if self.overlong == "refuse":
-                raise OverLengthError(f"{report}; raise max_length or choose overlong='truncate'")
-            logger.warning("%s and were cut for judging", report)
+            for n, i, j in pairs
+        )
         result = torch.zeros(len(prompts), count, count)
-        # Neighbours in length together; pads are masked and do not change scores.
-        order = sorted(range(len(ids)), key=lambda p: len(ids[p]))
-        starts = range(0, len(order), self.batch_size)
-        if self.progress:
-            from tqdm import tqdm
-
-            starts = tqdm(starts, desc="judge (PairRM)")
-        for start in starts:
-            chosen = order[start : start + self.batch_size]
-            width = max(len(ids[p]) for p in chosen)
-            batch = torch.full((len(chosen), width), self.tokenizer.pad_token_id or 0)
-            mask = torch.zeros_like(batch)
-            for line, p in enumerate(chosen):
-                batch[line, : len(ids[p])] = torch.tensor(ids[p])
-                mask[line, : len(ids[p])] = 1
-            scores = self.model(batch.to(self.device), mask.to(self.device)).cpu()
-            for p, score in zip(chosen, scores, strict=True):
-                result[pairs[p]] = score
+        scores = self.score(items, self.model, self.tokenizer.pad_token_id or 0)
+        result[tuple(torch.tensor(pairs).T)] = scores
         return result
 
 
@@ -212,16 +175,13 @@ def read_config(path: Path) -> tuple[dict[str, Any], Any]:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Parameters of a checkpoint folder, from safetensors or PyTorch files."""
-    files = sorted(path.glob("*.safetensors"))
-    if files:
-        from safetensors.torch import load_file
-
-        return {k: v for file in files for k, v in load_file(file).items()}
-    files = sorted(path.glob("pytorch_model*.bin"))
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     if not files:
         raise JudgeError(f"{path}: expected model.safetensors or pytorch_model.bin")
-    return {
-        k: v
-        for file in files
-        for k, v in torch.load(file, map_location="cpu", weights_only=True).items()
-    }
+    state: dict[str, Tensor] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            state |= require("safetensors.torch").load_file(file)
+        else:
+            state |= torch.load(file, map_location="cpu", weights_only=True)
+    return state

@@ -8,23 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppo_kernels.data.rows import OverLengthError
 from sppo_kernels.judges.base import JudgeError, check_batch
+from sppo_kernels.judges.batching import ModelJudge
 from sppo_kernels.optional import require
 
 
-class RewardModelJudge:
+class RewardModelJudge(ModelJudge):
     """A sequence classifier with one output s(x, y); c_ij = s_i − s_j.
 
     Args:
         model: a folder or hub name, or a loaded model (then give `tokenizer`).
         batch_size: responses scored at once. max_length: most tokens of prompt and response.
-        overlong: "refuse" or "truncate" (from the left, keeping the response's end).
-        device: of the model. progress: whether to show a bar.
+        overlong, device, progress: see `ModelJudge`; what is cut is the beginning.
 
     Raises:
         JudgeError: the model has not exactly one output. OverLengthError: see `overlong`.
     """
+
+    name = "reward model"
+    items = "responses"
 
     def __init__(
         self,
@@ -37,10 +39,9 @@ class RewardModelJudge:
         device: str | torch.device = "cpu",
         progress: bool = False,
     ) -> None:
-        if overlong not in ("refuse", "truncate"):
-            raise JudgeError(f"overlong: expected 'refuse' or 'truncate', got {overlong!r}")
-        transformers = require("transformers")
+        super().__init__(batch_size, max_length, overlong, device, progress)
         if isinstance(model, str):
+            transformers = require("transformers")
             tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(model)
             model = transformers.AutoModelForSequenceClassification.from_pretrained(model)
         if model.config.num_labels != 1:
@@ -48,9 +49,7 @@ class RewardModelJudge:
                 f"model: expected one output, a scalar reward, got {model.config.num_labels}"
             )
         self.model = model.eval().to(device)
-        self.tokenizer, self.batch_size, self.max_length = tokenizer, batch_size, max_length
-        self.overlong, self.device, self.progress = overlong, torch.device(device), progress
-        self.truncated = 0
+        self.tokenizer = tokenizer
 
     def _ids(self, prompt: Any, response: str) -> list[int]:
         template = getattr(self.tokenizer, "chat_template", None)
@@ -64,41 +63,20 @@ class RewardModelJudge:
             ids = self.tokenizer(prompt, response)["input_ids"]
         else:
             raise JudgeError("prompts are chat messages, but the tokenizer has no chat template")
-        if len(ids) > self.max_length:
-            self.truncated += 1
-            if self.overlong == "refuse":
-                raise OverLengthError(
-                    f"a prompt and response have {len(ids)} tokens, max_length is "
-                    f"{self.max_length}; raise it or choose overlong='truncate'"
-                )
-            ids = ids[-self.max_length :]
-        return ids
+        return self.fit(ids, self.max_length, keep_end=True)
 
-    @torch.no_grad()
     def scores(self, prompts: Sequence[Any], responses: Sequence[Sequence[str]]) -> Tensor:
         """s(x, y) as [n, K] float32."""
         count = check_batch(prompts, responses)
-        ids = [self._ids(p, y) for p, ys in zip(prompts, responses, strict=True) for y in ys]
-        order = sorted(range(len(ids)), key=lambda k: len(ids[k]))
-        found = torch.zeros(len(ids))
-        pad = self.tokenizer.pad_token_id
+        items = (self._ids(p, y) for p, ys in zip(prompts, responses, strict=True) for y in ys)
+        fill = self.tokenizer.pad_token_id
         # Decoder classifiers find a text's end by the pad token; without one, texts go singly.
-        size = 1 if pad is None and self.model.config.pad_token_id is None else self.batch_size
-        starts = range(0, len(order), size)
-        if self.progress:
-            from tqdm import tqdm
+        singly = fill is None and self.model.config.pad_token_id is None
 
-            starts = tqdm(starts, desc="judge (reward model)")
-        for start in starts:
-            chosen = order[start : start + size]
-            width = max(len(ids[k]) for k in chosen)
-            batch = torch.full((len(chosen), width), pad or 0)
-            mask = torch.zeros_like(batch)
-            for line, k in enumerate(chosen):
-                batch[line, : len(ids[k])] = torch.tensor(ids[k])
-                mask[line, : len(ids[k])] = 1
-            out = self.model(input_ids=batch.to(self.device), attention_mask=mask.to(self.device))
-            found[chosen] = out.logits[:, 0].float().cpu()
+        def first_output(ids: Tensor, mask: Tensor) -> Tensor:
+            return self.model(input_ids=ids, attention_mask=mask).logits[:, 0]
+
+        found = self.score(items, first_output, fill or 0, 1 if singly else None)
         return found.view(len(prompts), count)
 
     def logits(self, prompts: Sequence[Any], responses: Sequence[Sequence[str]]) -> Tensor:

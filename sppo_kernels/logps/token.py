@@ -1,7 +1,12 @@
 """Log-probabilities of tokens and of whole sequences, from logits.
 
 log π(y | x) of a response y is S = Σ_i log p(y_i | x, y_<i) (arXiv 2405.00675, section 3); its
-gradient with respect to the logits of row i is onehot(y_i) − softmax(z_i). See docs/math.md.
+gradient with respect to the logits of row i is onehot(y_i) − softmax(z_i): docs/math.md, section 5.
+
+    bytes    one read of the logits for the values; a read and a write more for the gradient
+    flops    O(N V), far below what the reads cost
+    kernels  triton/token_logps.py, csrc/cpu/rows_impl.h; the specification is reference.py
+    tests    tests/logps/test_token.py, test_triton_logps.py; in PyTorch: test_framework.py
 """
 
 from __future__ import annotations
@@ -11,12 +16,89 @@ from torch import Tensor
 
 from sppo_kernels import checks
 from sppo_kernels.backend import resolve
-from sppo_kernels.logps import _autograd, dispatch, reference  # noqa: F401  (registers the kernels)
-from sppo_kernels.registry import op
+from sppo_kernels.logps import reference
+from sppo_kernels.logps.call import load
+from sppo_kernels.logps.segments import sequence_offsets, sum_sequences
+from sppo_kernels.registry import define, fake, formula, kernel, once, op
 
 __all__ = ["sequence_logps", "token_logps"]
 
-assert _autograd  # imported for its registrations
+# logits [B, T, V], labels [B, T] -> logp [B, T], norm [2, B, T]: the rows' maxima m and sums of
+# exp(z - m). float32.
+_SAVED = "Tensor labels, Tensor logp, Tensor norm, int ignore_index, str impl"
+define(
+    "token_logps",
+    "(Tensor logits, Tensor labels, int ignore_index, bool inplace_backward, str impl) "
+    "-> (Tensor logp, Tensor norm)",
+)
+define("token_logps_backward", f"(Tensor grad, Tensor logits, {_SAVED}) -> Tensor")
+define("token_logps_backward_", f"(Tensor grad, Tensor(a!) logits, {_SAVED}) -> ()")
+
+
+@fake("token_logps")
+def _(logits, labels, ignore_index, inplace_backward, impl):
+    return tuple(
+        logits.new_empty(shape, dtype=torch.float32) for shape in (labels.shape, (2, *labels.shape))
+    )
+
+
+@fake("token_logps_backward")
+def _(grad, logits, labels, logp, norm, ignore_index, impl):
+    return logits.new_empty(logits.shape)
+
+
+@fake("token_logps_backward_")
+def _(grad, logits, labels, logp, norm, ignore_index, impl):
+    return None
+
+
+@kernel("token_logps")
+def _(logits, labels, ignore_index, inplace_backward, impl):
+    return load(impl).token_logps(logits, labels, ignore_index)
+
+
+def _write_gradient(out, grad, logits, labels, logp, norm, ignore_index, impl) -> None:
+    coef = grad.neg().contiguous()  # d log p / d z = onehot - softmax
+    load(impl).token_logps_backward(coef, logits, labels, logp, norm, ignore_index, out)
+
+
+@kernel("token_logps_backward")
+def _(grad, logits, *saved):
+    out = logits.new_empty(logits.shape)
+    _write_gradient(out, grad, logits, *saved)
+    return out
+
+
+@kernel("token_logps_backward_")
+def _(grad, logits, *saved):
+    _write_gradient(logits, grad, logits, *saved)
+
+
+def _save(ctx, inputs, output) -> None:
+    logits, labels, ctx.ignore_index, ctx.inplace, ctx.impl = inputs
+    logp, norm = output
+    ctx.mark_non_differentiable(norm)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, logp, norm)
+
+
+def _backward(ctx, grad, _norm):
+    if grad is None:
+        return None, None, None, None, None
+    logits, *saved = ctx.saved_tensors
+    saved += [ctx.ignore_index, ctx.impl]
+    if not ctx.inplace:
+        return op("token_logps_backward")(grad, logits, *saved), None, None, None, None
+    if torch.is_grad_enabled():
+        raise RuntimeError("inplace_backward: cannot be combined with create_graph=True")
+    logits = logits.detach()
+    torch.autograd.graph.increment_version(logits)  # so that other readers of it fail loudly
+    op("token_logps_backward_")(grad, logits, *saved)
+    return logits, None, None, None, None
+
+
+formula("token_logps", _backward, _save)
+once("token_logps_backward")
 
 
 def checked_logits(logits: object, labels: object, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -35,26 +117,6 @@ def checked_logits(logits: object, labels: object, ignore_index: int) -> tuple[T
     elif logits.dim() > 3:
         logits = logits.flatten(0, -3)
     return logits, labels.reshape(logits.shape[:-1]).contiguous()
-
-
-def sequence_offsets(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """cu_seqlens for labels of this shape: the given one for packed [N], else one row each."""
-    if cu_seqlens is not None:
-        if len(shape) != 1:
-            raise ValueError(
-                "cu_seqlens: expected None with padded labels [B, T]; packed labels have shape "
-                f"[N], got {tuple(shape)}"
-            )
-        offsets = checks.offsets(cu_seqlens, shape[0])
-        return offsets.to(device, non_blocking=True)
-    if len(shape) != 2:
-        raise ValueError(
-            "cu_seqlens: needed for packed labels [N]; without it labels must be padded, [B, T], "
-            f"got {tuple(shape)}"
-        )
-    if shape[0] == 0:
-        raise ValueError("labels: expected at least one sequence, got an empty batch")
-    return torch.arange(shape[0] + 1, device=device) * shape[1]
 
 
 def token_logps(
@@ -127,11 +189,3 @@ def sequence_logps(
     )
     offsets = sequence_offsets(labels.shape, cu_seqlens, logp.device)
     return sum_sequences(logp, offsets, resolve(impl, logits.device.type, logits.dtype))
-
-
-def sum_sequences(logp: Tensor, offsets: Tensor, chosen: str) -> Tensor:
-    """Sums of logp between offsets [S+1], by the backend `chosen`."""
-    flat = logp.reshape(-1)
-    if chosen == "reference":
-        return reference.segment_sum(flat, offsets)
-    return op("segment_sum")(flat, offsets, chosen)

@@ -8,25 +8,16 @@ with win rates estimated as in its section 4.2:
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from sppo_kernels import checks
-from sppo_kernels.backend import resolve
-from sppo_kernels.logps.linear import (
-    DEFAULT_RETAIN_BYTES,
-    LinearInputs,
-    check_budget,
-    checked_linear,
-    chunk_rows_for,
-    gradients_needed,
-    rows_within,
-    token_logps_of,
-)
-from sppo_kernels.logps.token import checked_logits, sequence_logps, sequence_offsets, sum_sequences
-from sppo_kernels.registry import op
+from sppo_kernels.logps.call import checked
+from sppo_kernels.logps.linear import logps_of
+from sppo_kernels.logps.segments import sequence_offsets, sum_sequences
+from sppo_kernels.logps.token import sequence_logps
+from sppo_kernels.loss.grouped import grouped_loss, plan_groups
+from sppo_kernels.loss.residual import residual
 from sppo_kernels.results import SPPOOutput
 
 __all__ = ["fused_linear_sppo_loss", "fused_sppo_loss", "sppo_loss"]
@@ -65,12 +56,10 @@ def sppo_loss(
     """
     logps = checks.floating("logps", logps, 1)
     ref, win, scale = _constants(logps, ref_logps, win_rate, weights, reduction, units)
-    eta = checks.positive("eta", eta)
-    policy = logps.to(ref.dtype)
-    unit = 1.0 / eta if units == "win_rate" else 1.0
+    eta, unit = _step_size(eta, units)
     # η (w − ½) is formed before the units, so that both units see the same rounding of it.
-    residual = (policy - ref - eta * (win - 0.5)) * unit
-    return _reduce(scale * residual.square(), reduction)
+    r = residual(logps.to(ref.dtype), ref, win, eta) * unit
+    return _reduce(scale * r.square(), reduction)
 
 
 def fused_sppo_loss(
@@ -88,7 +77,7 @@ def fused_sppo_loss(
     inplace_backward: bool = False,
     impl: str = "auto",
 ) -> SPPOOutput:
-    """`sppo_loss` of `sequence_logps`, with the loss and row coefficients inside the kernels.
+    """`sppo_loss` of `sequence_logps`: from logits, which are read once for the loss.
 
     Args:
         logits, labels, cu_seqlens, ignore_index, inplace_backward, impl: as in `sequence_logps`.
@@ -103,23 +92,14 @@ def fused_sppo_loss(
             `sppo_loss(sequence_logps(...), ...)` for that); else as `sequence_logps`, `sppo_loss`.
     """
     _no_gradient(ref_logps=ref_logps, win_rate=win_rate, weights=weights)
-    rows, targets = checked_logits(logits, labels, ignore_index)
-    chosen = resolve(impl, rows.device.type, rows.dtype)
-    if chosen == "reference":
-        logps = sequence_logps(logits, labels, cu_seqlens, ignore_index=ignore_index, impl=chosen)
-        loss = sppo_loss(
-            logps, ref_logps, win_rate, eta=eta, weights=weights, reduction=reduction, units=units
-        )
-        return SPPOOutput(loss, logps.detach())
-    offsets = sequence_offsets(labels.shape, cu_seqlens, rows.device)
-    like = offsets.new_empty(offsets.shape[0] - 1, dtype=torch.float32)
-    ref, win, scale = _constants(like, ref_logps, win_rate, weights, reduction, units)
-    inplace = inplace_backward and not torch.compiler.is_compiling()  # compilers reuse memory
-    loss, logps, *_ = op("sppo_from_logits")(
-        rows, targets, offsets, ref, win, scale, checks.positive("eta", eta),
-        units == "win_rate", ignore_index, inplace, chosen,
+    logps = sequence_logps(
+        logits, labels, cu_seqlens, ignore_index=ignore_index, inplace_backward=inplace_backward,
+        impl=impl,
     )  # fmt: skip
-    return SPPOOutput(_reduce(loss, reduction), logps.detach())
+    loss = sppo_loss(
+        logps, ref_logps, win_rate, eta=eta, weights=weights, reduction=reduction, units=units
+    )
+    return SPPOOutput(loss, logps.detach())
 
 
 def fused_linear_sppo_loss(
@@ -164,69 +144,31 @@ def fused_linear_sppo_loss(
             `linear_sequence_logps` and `sppo_loss`.
     """
     _no_gradient(ref_logps=ref_logps, win_rate=win_rate, weights=weights)
-    inputs = checked_linear(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        rows=rows,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
+    call = checked(
+        hidden, weight, bias, labels, rows, logit_scale, softcap, ignore_index, memory_budget, impl
     )
-    chosen = resolve(impl, inputs.hidden.device.type, inputs.hidden.dtype)
     offsets = sequence_offsets(labels.shape, cu_seqlens, hidden.device)
-    eta = checks.positive("eta", eta)
     checks.choice("reduction", reduction, REDUCTIONS)
+    step = _step_size(eta, units)
     plan = None
-    if chosen != "reference" and reduction != "none":
-        plan = _plan_groups(inputs, labels.shape, cu_seqlens, check_budget(memory_budget))
+    if reduction != "none":
+        plan = plan_groups(call, labels.shape, cu_seqlens, memory_budget)
     if plan is None:
-        logps = sum_sequences(token_logps_of(inputs, memory_budget, chosen), offsets, chosen)
+        logps = sum_sequences(logps_of(call), offsets, call.impl)
         loss = sppo_loss(
             logps, ref_logps, win_rate, eta=eta, weights=weights, reduction=reduction, units=units
         )
         return SPPOOutput(loss, logps.detach())
-    bounds, groups, chunk, retain = plan
-    like = hidden.new_empty(len(bounds) - 1, dtype=torch.float32)
-    ref, win, scale = _constants(like, ref_logps, win_rate, weights, reduction, units)
-    loss, logps, *_ = op("linear_sppo_grouped")(
-        *inputs, bounds, groups, ref, win, scale, eta, units == "win_rate",
-        *gradients_needed(inputs), chunk, retain, chosen,
-    )  # fmt: skip
+    like = hidden.new_empty(offsets.shape[0] - 1, dtype=torch.float32)
+    constants = _constants(like, ref_logps, win_rate, weights, reduction, units)
+    loss, logps = grouped_loss(plan, *constants, *step)
     return SPPOOutput(_reduce(loss, reduction), logps.detach())
 
 
-def _plan_groups(
-    inputs: LinearInputs, shape: torch.Size, cu_seqlens: Tensor | None, budget: int | None
-) -> tuple[list[int], list[int], int, int] | None:
-    """Sequence bounds, group bounds (in sequences), chunk and retained rows; None: one group."""
-    _, need_dw, need_db = gradients_needed(inputs)
-    if not (need_dw or need_db):
-        return None
-    vocab, dim = inputs.weight.shape
-    if budget is None:
-        budget = max(DEFAULT_RETAIN_BYTES, 8 * dim * vocab)
-    chunk = chunk_rows_for(inputs, budget)
-    total = inputs.labels.shape[0]
-    if rows_within(inputs, budget, chunk, keep_chunk=False) >= total:
-        return None
-    if cu_seqlens is None:
-        bounds = [i * shape[1] for i in range(shape[0] + 1)]
-    elif cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-    else:
-        return None
-    most = max(1, budget // (vocab * inputs.hidden.element_size()))
-    groups = [0]
-    for s in range(1, len(bounds) - 1):
-        if bounds[s + 1] - bounds[groups[-1]] > most:
-            groups.append(s)
-    groups.append(len(bounds) - 1)
-    longest = max(bounds[b] - bounds[a] for a, b in itertools.pairwise(groups))
-    if longest > most:  # a sequence over the budget: keep whole chunks of it, and one to work in
-        return bounds, groups, chunk, max(0, (most - chunk) // chunk * chunk)
-    return bounds, groups, chunk, longest
+def _step_size(eta: object, units: str) -> tuple[float, float]:
+    """η, and what a residual in nats is multiplied by in these units."""
+    eta = checks.positive("eta", eta)
+    return eta, 1.0 / eta if units == "win_rate" else 1.0
 
 
 def _no_gradient(**constants: Tensor | None) -> None:

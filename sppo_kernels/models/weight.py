@@ -8,6 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sppo_kernels.models.refusals import refused
+
+__all__ = ["adapter_state", "effective", "refuse_if_unsupported"]
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Packages whose linear layers hold packed or scaled weights, whatever their dtype says.
 QUANTISERS = (
@@ -15,65 +19,59 @@ QUANTISERS = (
     "hqq", "optimum.quanto", "quanto", "torchao", "transformers.integrations", "vptq",
 )  # fmt: skip
 PACKED = ("qweight", "W_q", "weight_packed", "quant_state", "SCB", "weight_scale_inv", "scales")
-MERGE = "merge it (merge_and_unload) or leave the head out of target_modules"
 
 
-class HeadProbeError(RuntimeError):
-    """The fused log-probabilities would not be those of the model; the message names the reason."""
-
-
-def refuse_if_unsupported(layer: nn.Module, name: str) -> None:
+def refuse_if_unsupported(layer: nn.Module, name: str, inside: bool = False) -> None:
     """What can be told from the modules alone, also while their weights are sharded.
+
+    Args:
+        inside: the layer is inside an adapter of the head.
 
     Raises:
         HeadProbeError: the head is quantised, not linear, or adapted in a way that is not exact.
     """
     layer = _chosen(layer)
     if "token_adapter" in layer._modules:
-        return refuse_if_unsupported(layer.token_adapter.base_layer, name)
+        return refuse_if_unsupported(layer.token_adapter.base_layer, name, True)
     if "base_layer" in layer._modules:
         if not (layer.merged or layer.disable_adapters):
             _refuse_adapter(layer, name)
-        return refuse_if_unsupported(layer.base_layer, name)
+        return refuse_if_unsupported(layer.base_layer, name, True)
     kind = type(layer)
-    if kind.__name__ == "FullyShardedDataParallel" or _is_fsdp2(layer):
-        raise HeadProbeError(
-            f"{name} is an FSDP unit of its own, whose weight exists only inside its forward; "
-            "leave the head in the root unit (no fully_shard or auto-wrap policy for it)"
-        )
-    origin = next((c for c in kind.__mro__ if c.__module__.startswith(QUANTISERS)), None)
-    held = [a for a in PACKED if a in vars(layer) or a in layer._buffers or a in layer._parameters]
+    parents = [c.__name__ for c in kind.__mro__]
+    if "FullyShardedDataParallel" in parents or (inside and "FSDPModule" in parents):
+        raise refused("own unit", name=name)
     weight = getattr(layer, "weight", None)
-    held += [a for a in ("quant_state", "CB", "SCB") if getattr(weight, a, None) is not None]
-    if origin is not None or held:
-        what = origin.__module__.split(".")[0] if origin else ", ".join(held)
-        raise HeadProbeError(
-            f"{name} is a quantised {kind.__name__} ({what}); keep the head in 16 or 32 bits "
-            "(llm_int8_skip_modules=['lm_head'] or modules_to_not_convert of its quantiser)"
-        )
+    what = _quantised(layer, weight)
+    if what is not None:
+        raise refused("quantised", name=name, kind=kind.__name__, what=what)
     if not isinstance(layer, nn.Linear):
-        inside = ", ".join(type(m).__name__ for m in layer.children())
-        raise HeadProbeError(
-            f"{name} is {kind.__name__}{f' of {inside}' if inside else ''}, not one nn.Linear; "
-            "compute its logits and use fused_sppo_loss or sequence_logps"
-        )
+        parts = ", ".join(type(m).__name__ for m in layer.children())
+        raise refused("not linear", name=name, kind=kind.__name__ + f" of {parts}" * bool(parts))
     for old in ("weight_g", "weight_orig"):
         if old in layer._parameters:
-            raise HeadProbeError(
-                f"{name} is reparametrised by hooks ({old}); use torch.nn.utils.parametrizations"
-            )
-    if weight is not None and weight.dtype not in FLOATS:
-        raise HeadProbeError(
-            f"{name} has a weight of dtype {weight.dtype}, which is quantised; keep the head in 16 "
-            "or 32 bits"
-        )
-    local = getattr(weight, "_local_tensor", weight)
-    own_dispatch = getattr(type(local), "__torch_dispatch__", None)
-    if own_dispatch is not Tensor.__torch_dispatch__ and not _of_torch(type(local)):
-        raise HeadProbeError(
-            f"{name} has a weight of type {type(local).__name__}, which is not a plain tensor "
-            "(quantised?); keep the head in 16 or 32 bits"
-        )
+            raise refused("reparametrised", name=name, what=old)
+    return None
+
+
+def _quantised(layer: nn.Module, weight: Tensor | None) -> str | None:
+    """The package or attributes that show a weight which is not a plain float tensor, or None."""
+    origin = next((c for c in type(layer).__mro__ if c.__module__.startswith(QUANTISERS)), None)
+    if origin is not None:
+        return origin.__module__.split(".")[0]
+    held = [a for a in PACKED if a in vars(layer) or a in layer._buffers or a in layer._parameters]
+    held += [a for a in ("quant_state", "CB", "SCB") if getattr(weight, a, None) is not None]
+    if held:
+        return ", ".join(held)
+    if not isinstance(weight, Tensor):
+        return None
+    if weight.dtype not in FLOATS:
+        return f"weight of dtype {weight.dtype}"
+    kind = type(getattr(weight, "_local_tensor", weight))
+    own_dispatch = getattr(kind, "__torch_dispatch__", None) is not Tensor.__torch_dispatch__
+    if own_dispatch and kind.__module__.split(".")[0] != "torch":
+        return f"weight of type {kind.__name__}"
+    return None
 
 
 def effective(layer: nn.Module, name: str = "lm_head") -> tuple[Tensor, Tensor | None]:
@@ -127,23 +125,17 @@ def _refuse_adapter(layer: nn.Module, name: str) -> None:
     known = {(c.__module__, c.__name__) for c in type(layer).__mro__}
     if ("peft.tuners.lora.layer", "Linear") not in known:
         kind = f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
-        raise HeadProbeError(f"{name} is adapted by {kind}, which is not low-rank LoRA; {MERGE}")
+        raise refused("adapter", name=name, kind=kind)
     active = [a for a in layer.active_adapters if a in layer.lora_A]
     for adapter in active:
         if getattr(layer.lora_dropout[adapter], "p", 0):
-            raise HeadProbeError(
-                f"{name} has LoRA with dropout (adapter {adapter!r}), which acts on the head's "
-                "input and has no merged weight; set lora_dropout=0 or leave the head out"
-            )
+            raise refused("dropout", name=name, adapter=adapter)
         variant = getattr(layer, "lora_variant", {}).get(adapter)
         kind = getattr(variant, "__name__", type(variant).__name__)
         if variant is not None and kind != "DoraLinearVariant":
-            raise HeadProbeError(f"{name} is adapted by LoRA's {kind}; {MERGE}")
+            raise refused("adapter", name=name, kind=f"LoRA's {kind}")
         if variant is not None and len(active) > 1:
-            raise HeadProbeError(
-                f"{name} has DoRA beside other active adapters {active}, whose product depends on "
-                f"their order; {MERGE}"
-            )
+            raise refused("dora", name=name, adapters=active)
 
 
 def _with_lora(
@@ -180,34 +172,15 @@ def _trainable_tokens(layer: nn.Module, name: str) -> tuple[Tensor, Tensor | Non
 
 def _whole(weight: Tensor, name: str, layer: nn.Module, dim: int = 2) -> Tensor:
     """The full tensor, on a device, or a refusal that says which system holds it."""
-    if hasattr(weight, "ds_id") and (weight.numel() == 0 or _not_available(weight)):
-        raise HeadProbeError(
-            f"{name} is partitioned by ZeRO-3 and not gathered; run the call inside "
-            "deepspeed.zero.GatheredParameters([head.weight]), or compute logits"
-        )
+    status = getattr(getattr(weight, "ds_status", None), "name", "AVAILABLE")
+    if hasattr(weight, "ds_id") and (weight.numel() == 0 or status != "AVAILABLE"):
+        raise refused("zero3", name=name)
     if weight.is_meta:
         hook = getattr(layer, "_hf_hook", None)
-        why = "offloaded by accelerate" if hook is not None else "never loaded"
-        raise HeadProbeError(
-            f"{name} is on the meta device ({why}); give the head a device (device_map)"
-        )
+        what = "offloaded by accelerate" if hook is not None else "never loaded"
+        raise refused("meta", name=name, what=what)
     if hasattr(weight, "full_tensor"):
         weight = weight.full_tensor()
     if weight.dim() != dim or weight.numel() == 0:
-        raise HeadProbeError(
-            f"{name} has shape {tuple(weight.shape)} here: a shard or flat parameter (FSDP, "
-            "ZeRO-3); call through the wrapped model, and keep the head in the root unit"
-        )
+        raise refused("shard", name=name, shape=tuple(weight.shape))
     return weight
-
-
-def _not_available(weight: Tensor) -> bool:
-    return getattr(getattr(weight, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE"
-
-
-def _of_torch(kind: type) -> bool:
-    return kind.__module__.split(".")[0] == "torch"
-
-
-def _is_fsdp2(layer: nn.Module) -> bool:
-    return any(c.__name__ == "FSDPModule" for c in type(layer).__mro__)

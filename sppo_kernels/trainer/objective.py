@@ -59,23 +59,20 @@ def pair_objective(
 ) -> Tensor:
     """Loss [] of responses ordered best, worst, best, worst, ...: logps and ref [S]."""
     objective = KINDS[settings["kind"]]
-    chosen, rejected = logps.view(-1, 2).unbind(1)
-    columns = {
-        REFERENCE: ref,
-        WINS: host.win_rate,
-        LENGTHS: host.cu_seqlens.diff(),
-    }
-    wanted = {}
-    for names, values in columns.items():
-        halves = values.view(-1, 2).unbind(1)
-        wanted |= {
-            name: half.to(logps.device, non_blocking=True)
-            for name, half in zip(names, halves, strict=True)
-            if name in objective.needs
-        }
     if objective.name == "sppo_single":
         _one_probability(host.win_rate)
-    return pairwise_loss(chosen, rejected, **wanted, **settings)
+
+    def halves(values: Tensor) -> tuple[Tensor, ...]:
+        return values.view(-1, 2).unbind(1)
+
+    columns = {REFERENCE: ref, WINS: host.win_rate, LENGTHS: host.cu_seqlens.diff()}
+    wanted = {
+        name: half.to(logps.device, non_blocking=True)
+        for names, values in columns.items()
+        for name, half in zip(names, halves(values), strict=True)
+        if name in objective.needs
+    }
+    return pairwise_loss(*halves(logps), **wanted, **settings)
 
 
 def _one_probability(win_rate: Tensor) -> None:

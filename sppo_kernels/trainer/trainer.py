@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,16 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from sppo_kernels import sppo_loss
 from sppo_kernels.data.collate import SPPOCollator
 from sppo_kernels.data.tokenize import prepare_dataset
 from sppo_kernels.models.head import causal_lm
+from sppo_kernels.optional import require
 from sppo_kernels.trainer import reference
 from sppo_kernels.trainer.config import SPPOConfig
 from sppo_kernels.trainer.forward import LossForward, probe
 from sppo_kernels.trainer.metrics import MetricStore
 from sppo_kernels.trainer.objective import pairwise_settings
-
-logger = logging.getLogger("sppo_kernels")
 
 
 class SPPOTrainer(Trainer):
@@ -63,17 +62,15 @@ class SPPOTrainer(Trainer):
 
             model = AutoModelForCausalLM.from_pretrained(model)
         if peft_config is not None:
-            from sppo_kernels.optional import require
-
             model = require("peft").get_peft_model(model, peft_config)
         if args.gradient_checkpointing and hasattr(model, "get_base_model"):
             model.enable_input_require_grads()
         self.ref_model = ref_model
-        prepared = {}
-        for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            prepared[name] = (
-                None if rows is None else prepare_dataset(rows, processing_class, args, name)
-            )
+        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        prepared = {
+            name: None if rows is None else prepare_dataset(rows, processing_class, args, name)
+            for name, rows in given.items()
+        }
         pad = getattr(processing_class, "pad_token_id", None)
         self.collator = SPPOCollator(packed=False, pad_token_id=pad or 0)
         super().__init__(
@@ -97,92 +94,62 @@ class SPPOTrainer(Trainer):
     def prepare(self) -> None:
         """Probe head and packing and compute the reference; called by train and evaluate."""
         if self._forward is None:
-            data = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-            examples = [data[i] for i in range(min(2, len(data)))]
             self._forward, packed = probe(
                 self.model,
-                examples,
+                self._first_examples(2),
                 head=self.args.head,
                 packing_mode=self.args.packing,
-                impl=self.args.impl,
                 device=self.args.device,
                 settings=self._loss_settings(),
             )
             self.collator.packed = packed
-            self._forward.install()
         for name in ("train", "eval"):
             data = getattr(self, f"{name}_dataset")
             if data is not None and name not in self._referenced:
                 setattr(self, f"{name}_dataset", self._with_reference(data, name))
                 self._referenced.add(name)
 
+    def _first_examples(self, count: int) -> list[dict[str, Any]]:
+        data = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        return [data[i] for i in range(min(count, len(data)))]
+
     def _loss_settings(self) -> dict[str, Any]:
-        args = self.args
-        settings = {"eta": args.eta, "units": args.loss_units}
-        settings |= {"memory_budget": args.memory_budget, "impl": args.impl}
-        if args.objective != "sppo":
-            settings["pairwise"] = pairwise_settings(args)
+        settings = self.args.loss_settings()
+        if self.args.objective != "sppo":
+            settings["pairwise"] = pairwise_settings(self.args)
         return settings
 
     def release(self) -> None:
-        """Give the model its own forward back."""
-        if self._forward is not None:
-            self._forward.remove()
-            self._forward = None
+        """Nothing is left in the model between calls; kept for callers."""
 
     def _with_reference(self, data: Any, name: str) -> Any:
         if all(x is not None for x in data["ref_logps"]):
             return data
         folder = Path(self.args.reference_cache or self.args.output_dir) / f"reference-{name}"
-        model = self.ref_model if self.ref_model is not None else causal_lm(self.model)
         key = {
-            "weights": reference.weights_key(model),
+            "weights": reference.weights_key(self.ref_model or causal_lm(self.model)),
             "data": reference.data_key(data),
             "template": reference.template_key(self.processing_class),
         }
-        logps = reference.load(folder, key)
-        if logps is None:
-            logps = self.reference_logps(data, f"reference log-probs ({name})")
-            if self.is_world_process_zero():
-                reference.save(folder, key, logps)
-        else:
-            logger.info("reference log-probs: read from %s", folder)
-        return data.remove_columns("ref_logps").add_column("ref_logps", logps)
+        title = f"reference log-probs ({name})"
+        return reference.with_reference(
+            self, data, folder / reference.FILE, key, lambda: self.reference_logps(data, title)
+        )
 
-    @torch.no_grad()
     def reference_logps(self, data: Any, title: str = "reference log-probs") -> list[list[float]]:
         """log π_t of every response of `data`, as a list a prompt, in nats."""
-        from tqdm import tqdm
-
-        size = self.args.reference_batch_size or self.args.per_device_eval_batch_size
-        world, rank = self.args.world_size, self.args.process_index
-        # Neighbours in length together: little padding, and the longest first fails first.
-        order = sorted(range(len(data)), key=lambda i: -data[i]["length"])[rank::world]
-        found: dict[int, list[float]] = {}
         model, forward = self.model, self._forward
         if self.ref_model is not None:
             model, forward = self.ref_model, self._reference_forward()
-        disable = getattr(model, "disable_adapter", contextlib.nullcontext)
-        training = model.training
-        model.eval()
-        bar = tqdm(total=len(order), desc=title, disable=self.args.disable_tqdm)
-        with disable(), self.compute_loss_context_manager(), self.autocast():
-            for start in range(0, len(order), size):
-                chosen = order[start : start + size]
-                batch = self.collator([{**data[i], "ref_logps": None} for i in chosen])
-                host = batch.pop("sppo")
-                batch = {k: v.to(self.args.device) for k, v in batch.items()}
-                _, logps = forward.loss(host, **batch)
-                parts = reference.split_groups(logps.float().cpu(), host.groups)
-                found.update(zip(chosen, parts, strict=True))
-                bar.update(len(chosen))
-        bar.close()
-        model.train(training)
-        if world > 1:
-            from accelerate.utils import gather_object
 
-            found = dict(gather_object(list(found.items())))
-        return [found[i] for i in range(len(data))]
+        def logps(batch: dict[str, Any]) -> Tensor:
+            host = batch.pop("sppo")
+            return forward.loss(model, host, **batch)[1]
+
+        size = self.args.reference_batch_size or self.args.per_device_eval_batch_size
+        adapters = getattr(model, "disable_adapter", contextlib.nullcontext)
+        with adapters(), self.compute_loss_context_manager(), self.autocast():
+            return reference.reference_logps(self, model, data, logps, size, title)
 
     def autocast(self) -> Any:
         """The precision of training, also for the reference: equal weights give equal numbers."""
@@ -191,10 +158,9 @@ class SPPOTrainer(Trainer):
     def _reference_forward(self) -> LossForward:
         forward, _ = probe(
             self.ref_model.to(self.args.device),
-            [(self.train_dataset if self.train_dataset is not None else self.eval_dataset)[0]],
+            self._first_examples(1),
             head=self.args.head,
             packing_mode="shared" if self.collator.packed else "padded",
-            impl=self.args.impl,
             device=self.args.device,
             settings=self._forward.settings,
         )
@@ -220,18 +186,11 @@ class SPPOTrainer(Trainer):
         batch = {k: v.to(self.args.device) for k, v in batch.items()}
         with self.autocast():
             with torch.no_grad():
-                _, logps = self._forward.loss(host, **batch)
+                _, logps, _ = self._forward.loss(self.model, host, **batch)
             host.ref_logps = logps.cpu()
-            loss, again = self._forward.loss(host, **batch)
-        from sppo_kernels import sppo_loss
-
-        expected = sppo_loss(
-            logps,
-            logps,
-            host.win_rate.to(logps.device),
-            eta=self.args.eta,
-            units=self.args.loss_units,
-        )
+            loss, again, _ = self._forward.loss(self.model, host, **batch)
+        win, settings = host.win_rate.to(logps.device), self.args.loss_settings()
+        expected = sppo_loss(logps, logps, win, eta=settings["eta"], units=settings["units"])
         if not torch.allclose(loss.detach(), expected, rtol=1e-6, atol=0):
             raise RuntimeError(
                 f"step 0: with an equal reference the loss is {float(loss)}, expected "
@@ -292,7 +251,8 @@ class SPPOTrainer(Trainer):
     ) -> Any:
         """Mean loss of the responses; accumulated batches weigh by their number of responses."""
         host = inputs["sppo"]
-        loss, logps = model(**inputs)
+        inputs = {name: value for name, value in inputs.items() if name != "sppo"}
+        loss, logps, _ = self._forward.loss(model, host, **inputs)
         store = self._stores["train" if model.training else "eval"]
         store.add(logps, host)
         if num_items_in_batch is not None and model.training:
@@ -313,10 +273,9 @@ class SPPOTrainer(Trainer):
         evaluating = any(k.startswith("eval_") for k in logs)
         prefix, store = ("eval_", "eval") if evaluating else ("", "train")
         if evaluating or "loss" in logs:
-            found = self._stores[store].pop()
+            found = self._stores[store].pop(self.args.world_size)
             logs.update({prefix + k: v for k, v in found.items()})
-            if (
-                evaluating and found and self.args.objective == "sppo"
-            ):  # the Trainer's own mean weighs batches, not responses
+            # the Trainer's own mean weighs batches, not responses
+            if evaluating and found and self.args.objective == "sppo":
                 logs["eval_loss"] = found[f"loss_{self.args.loss_units}"]
         super().log(logs, start_time)

@@ -216,14 +216,17 @@ def test_a_spent_deadline_makes_rows_that_say_so():
     assert len(next(r for r in rows if r.is_ceiling).times) == 2  # at least two rounds
 
 
-def test_a_first_call_cannot_outlast_the_deadline():
+def test_a_first_call_cannot_outlast_the_deadline(monkeypatch):
     def endless(inputs):
-        time.sleep(30)
+        time.sleep(600)
 
     began = time.monotonic()
+    assert core.first_call_until(began + 0.2) <= began + 0.2
+    # Replaced, because a busy machine may reach the call only after a short deadline.
+    monkeypatch.setattr(core, "first_call_until", lambda deadline: time.monotonic() + 0.2)
     found = [Provider("endless", endless, ("forward",))]
-    rows = core.run_case("forward", TASK, deadline=began + 0.2, found=found)
-    assert time.monotonic() - began < 10
+    rows = core.run_case("forward", TASK, deadline=began + 3600, found=found)
+    assert time.monotonic() - began < 300  # half of the sleep: it was not waited for
     assert "more of the time budget than it may" in rows[0].note
 
 

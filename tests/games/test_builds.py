@@ -95,7 +95,7 @@ def everything(seed: int) -> list[torch.Tensor]:
 @needs_native
 def test_same_bits_on_every_instruction_set_and_thread_count(seed):
     code = (
-        "import sys, torch; from tests.test_game_builds import digest, everything;"
+        "import sys, torch; from tests.games.test_builds import digest, everything;"
         "torch.set_num_threads(int(sys.argv[2])); print(digest(everything(int(sys.argv[1]))))"
     )
     expected = digest(everything(seed))

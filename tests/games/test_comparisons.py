@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from sppo_kernels.games import ops as _game_ops  # noqa: F401
 from sppo_kernels.games.comparisons import aggregate, load_comparisons
 from tests.game_inputs import IMPLS, needs_native
 

@@ -1,13 +1,22 @@
 """Symmetrisation, win rates, pairs and targets: both implementations against oracles."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sppo_kernels.games import ops as _game_ops  # noqa: F401
-from sppo_kernels.games.targets import select_pairs, sppo_targets, symmetrize, win_rates
+from sppo_kernels.games.solvers import bradley_terry, nash, regularized_nash, tournament
+from sppo_kernels.games.targets import (
+    TARGETS,
+    preference_targets,
+    select_pairs,
+    sppo_targets,
+    symmetrize,
+    win_rates,
+)
 from tests.game_inputs import (
     IMPLS,
     needs_native,
@@ -187,8 +196,6 @@ def test_opcheck(generator, dtype):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiles_whole(generator, impl):
-    from sppo_kernels.games.solvers import bradley_terry, nash, regularized_nash, tournament
-
     x = random_logits(generator, 8, 5)
     lengths = random_lengths(generator, 8, 5)
 
@@ -205,7 +212,12 @@ def test_compiles_whole(generator, impl):
                 *tournament(p, lengths, impl=impl),
             )
         )  # the reference solvers look at values to stop, which cannot be one graph
-        return (*found, win_rates(p, lengths, impl=impl), *select_pairs(p, impl=impl), *solved)
+        trained = (
+            preference_targets(x, by, logits=True, lengths=lengths, impl=impl)
+            for by in (TARGETS[:3] if impl == "reference" else TARGETS)
+        )
+        rates = win_rates(p, lengths, impl=impl)
+        return (*found, rates, *select_pairs(p, impl=impl), *solved, *trained)
 
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(x, lengths), everything(x, lengths), strict=True):
@@ -291,10 +303,10 @@ def test_bad_input_is_named(impl, call, error, words):
 def test_gap_is_reported_where_it_is_largest(impl, k):
     p = torch.full((2, 3, k, k), 0.5, dtype=torch.float64)
     p[0, 1, 0, 1], p[1, 2, 1, 2] = 0.6, 0.9
-    with pytest.warns(UserWarning, match=r"up to 0\.4, at \[1, 2, 1, 2\]"):
-        win_rates(p, impl=impl)
-    import warnings
-
+    for call in (win_rates, sppo_targets, preference_targets, nash):
+        with pytest.warns(UserWarning, match=r"up to 0\.4, at \[1, 2, 1, 2\]") as said:
+            call(p, impl=impl)
+        assert [w.filename for w in said] == [__file__]  # once, and where the caller is
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sppo_targets(p, mode="prob", impl=impl)

@@ -21,7 +21,7 @@ def test_two_processes(tmp_path):
         [*command, "-m", "tests.trl_two_processes", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -153,7 +153,7 @@ def test_cached_and_online_reference_agree(layout, generator, tmp_path):
 def test_the_cached_reference_is_read_again(generator, tmp_path, monkeypatch):
     from datasets import Dataset, load_from_disk
 
-    from sppo_kernels.integrations.trl import reference
+    from sppo_kernels.trainer import reference
 
     Dataset.from_list(tools.groups(generator, 5)).save_to_disk(str(tmp_path / "data"))
     model = build("llama-untied").eval()
@@ -169,8 +169,8 @@ def test_the_cached_reference_is_read_again(generator, tmp_path, monkeypatch):
 
     first = made()
     calls = []
-    compute = reference._compute
-    monkeypatch.setattr(reference, "_compute", lambda *a: calls.append(1) or compute(*a))
+    compute = reference.reference_logps
+    monkeypatch.setattr(reference, "reference_logps", lambda *a: calls.append(1) or compute(*a))
     again = made()
     assert again.train_dataset["ref_logps"] == first.train_dataset["ref_logps"] and not calls
     made(max_length=8)  # other tokens

@@ -179,7 +179,9 @@ def test_reward_models_give_bradley_terry(tmp_path, generator):
             scores = torch.cat([model(i).logits[0] for i in ids])
         expected = torch.sigmoid(scores[:, None] - scores[None, :])
         torch.testing.assert_close(found[n], expected, atol=1e-4, rtol=0)
-    with pytest.raises(OverLengthError, match="max_length is 4"):
+    with pytest.raises(
+        OverLengthError, match=r"reward model: 2 texts in 2 responses .* max_length=4"
+    ):
         RewardModelJudge(model, tokenizer=tokenizer, max_length=4).logits(
             ["the cat sat"], [["on a mat", "far away"]]
         )
@@ -193,7 +195,7 @@ def length_judge(prompt, first, second):
 
 
 def test_a_position_bias_cancels_and_temperature_divides():
-    judge = load_judge("tests.test_judges:length_judge")
+    judge = load_judge(f"{__name__}:length_judge")
     logits = judge.logits(["p"], [["a", "bbb", "cc"]])
     difference = torch.tensor([[0.0, -2, -1], [2, 0, 1], [1, -1, 0]]) * 0.1
     torch.testing.assert_close(win_matrices(logits)[0], torch.sigmoid(difference))
@@ -217,8 +219,12 @@ def test_recorded_comparisons_become_odds(caplog):
     assert "4 ordered pairs" in caplog.text
     with pytest.raises(JudgeError, match="never compared"):
         RecordedJudge(table, missing="refuse").logits(["p"], [["a", "c"]])
-    with pytest.raises(JudgeError, match="row 0: winner"):
+    with pytest.raises(JudgeError, match=r"winner: .*left-ish.* row 0"):
         RecordedJudge([table[0] | {"winner": "left-ish"}])
+    with pytest.raises(JudgeError, match=r"winner: expected a share in \[0, 1\], got 3.0 in row 1"):
+        RecordedJudge([table[0], table[0] | {"winner": 3}])
+    with pytest.raises(JudgeError, match=r"\['winner'\] missing"):
+        RecordedJudge([table[0], {k: v for k, v in table[0].items() if k != "winner"}])
 
 
 def test_errors_of_the_protocol():
@@ -228,7 +234,7 @@ def test_errors_of_the_protocol():
     with pytest.raises(JudgeError, match="same number"):
         judge.logits(["p", "q"], [["a", "b"], ["a", "b", "c"]])
     with pytest.raises(JudgeError, match="cannot find"):
-        CallableJudge("tests.test_judges:no_such_function")
+        CallableJudge(f"{__name__}:no_such_function")
     with pytest.raises(JudgeError, match="expected pairrm:PATH"):
         load_judge("pairrm")
     with pytest.raises(JudgeError, match=r"NaN at \(0, 0, 1\)"):

@@ -7,9 +7,11 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import sppo_kernels as sk
-from sppo_kernels.logps import dispatch, streaming
-from sppo_kernels.logps import linear as linear_logps
+from sppo_kernels.logps import call as calls
+from sppo_kernels.logps import linear, segments, streaming
+from sppo_kernels.registry import kernels
 from sppo_kernels.testing import relative_error
+from tests.logps.test_stats import make
 
 OPS = torch.ops.sppo_kernels
 # What opcheck can check of an operator that mutates an argument or has no gradient.
@@ -35,20 +37,17 @@ def test_opcheck_of_every_operator():
     upstream = torch.randn(3, 5)
     hidden, weight = i["hidden"].view(15, 8).detach().requires_grad_(), i["weight"]
     bias = torch.randn(17, requires_grad=True)
-    head = (hidden, weight, bias, labels.view(-1), None, 1.5, 3.0, -100)
+    head = (hidden, weight, bias, labels.view(-1), None, 1.5, 3.0, -100, 4)
+    call, some = (*head, 15, "native"), (True, False, True, True)
     done = {
         "token_logps": (logits, labels, -100, False, "native"),
         "token_logps_backward": (upstream, logits.detach(), labels, logp, norm, -100, "native"),
         "segment_sum": (torch.randn(15, requires_grad=True), cu, "native"),
         "segment_expand": (torch.randn(3, requires_grad=True), cu, 15, "native"),
-        "sppo_from_logits": (
-            logits, labels, cu, i["ref"], i["win"], torch.ones(3), 10.0, False, -100, False,
-            "native",
-        ),
-        "linear_token_logps": (*head, True, True, 4, 15, "native"),
+        "linear_token_logps": (*call, False, False, False, False, True),
         "linear_sppo_grouped": (
-            *head, [0, 5, 10, 15], [0, 2, 3], i["ref"], i["win"], torch.ones(3), 10.0, False,
-            True, True, True, 4, 10, "native",
+            *head, 10, "native", [0, 5, 10, 15], [0, 2, 3], i["ref"], i["win"], torch.ones(3),
+            10.0, 1.0, True, True, True,
         ),
         "native_token_logps": (logits.detach(), labels, -100),
         "native_segment_sum": (torch.randn(15), cu),
@@ -56,13 +55,15 @@ def test_opcheck_of_every_operator():
     }  # fmt: skip
     for name, args in done.items():
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-        if name not in ("sppo_from_logits", "linear_sppo_grouped", "linear_token_logps"):
+        if name not in ("linear_sppo_grouped", "linear_token_logps"):
             tests += ("test_aot_dispatch_dynamic",)
         opcheck(getattr(OPS, name).default, args, test_utils=tests)
-    logp, dx, dz = OPS.linear_token_logps(*(
-        a.detach() if isinstance(a, torch.Tensor) else a for a in done["linear_token_logps"]
-    ))  # fmt: skip
-    head = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in head)
+    for wanted in ((True,) * 4, (False, False, False, True)):
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        opcheck(OPS.linear_token_logps.default, (*call, *wanted, True), test_utils=tests)
+    call = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in call)
+    *_, norm3, dx, dz = OPS.linear_token_logps(*call, True, False, False, False, True)
+    z, flat = torch.randn(15, 17), labels.view(-1)
     mutating = {
         "token_logps_backward_": (
             upstream, logits.detach(), labels, upstream, norm, -100, "native",
@@ -70,14 +71,24 @@ def test_opcheck_of_every_operator():
         "native_token_logps_backward": (
             upstream, logits.detach(), labels, upstream, norm, -100, torch.empty(3, 5, 17),
         ),
-        "native_row_logps": (torch.randn(4, 17), labels.view(-1)[:4], None, 1.0, None, -100, True),
+        "native_row_logps": (torch.randn(4, 17), flat[:4], None, 1.0, None, -100, True),
+        "native_row_stats": (z, flat, bias.detach(), 1.5, 3.0, -100, *some),
+        "native_row_stats_backward": (
+            z, flat, bias.detach(), 1.5, 3.0, -100, norm3, upstream.view(-1), upstream.view(-1),
+        ),
         "linear_token_logps_backward": (
-            upstream.view(-1), *head, dx, dz, True, True, True, 4, "native",
+            upstream.view(-1), None, *call, norm3, dx, dz, True, True, True,
         ),
     }  # fmt: skip
     for name, args in mutating.items():
         opcheck(getattr(OPS, name).default, args, test_utils=("test_schema", "test_faketensor"))
-    assert set(done) | set(mutating) == set(sk._ops.SCHEMAS)
+    given = upstream.view(-1)
+    for grads in ((given, given), (None, given), (given, None)):
+        args = (*grads, *call, norm3, dx, dz, True, True, True)
+        backward = OPS.linear_token_logps_backward.default
+        opcheck(backward, args, test_utils=("test_schema", "test_faketensor"))
+    names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if "sppo_k" in n}
+    assert set(done) | set(mutating) == {n for n in names if not n.startswith("game_")}
 
 
 def losses(i, impl, **options):
@@ -104,6 +115,28 @@ def test_compile_fullgraph(impl):
         results.append((loss, i["hidden"].grad, i["weight"].grad))
     for value, expected in zip(*results, strict=True):
         assert relative_error(value, expected) < 1e-5
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("with_entropy", [False, True], ids=["logps", "entropy"])
+def test_compile_fullgraph_of_statistics(generator, impl, with_entropy):
+    hidden, weight, bias, labels = make(generator, 18, 8, 31, torch.float32)
+
+    def step(h, w, b):
+        out = sk.linear_token_stats(h, w, labels, bias=b, outputs=linear.TOKEN_STATS, impl=impl)
+        loss = out.logps.sum() + (out.entropy if with_entropy else out.entropy.detach()).sum()
+        return (loss, *(t.detach() for t in out))
+
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        function = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+        found = function(*leaves)
+        found[0].backward()
+        results.append((*found, *(t.grad for t in leaves)))
+    for plain, other in zip(*results, strict=True):
+        assert relative_error(other, plain) < 1e-5
 
 
 def test_compile_with_inductor_and_dynamic_shapes():
@@ -195,7 +228,17 @@ class ShapesOnly:
 
     @staticmethod
     def row_logps(z, labels, bias, scale, softcap, ignore_index, write_grad):
-        return z.new_empty(z.shape[0], dtype=torch.float32), None
+        return z.new_empty(z.shape[0], dtype=torch.float32)
+
+    @staticmethod
+    def row_stats(z, labels, bias, scale, softcap, ignore_index, *wanted):
+        on = {"dtype": torch.float32}
+        of_rows = [z.new_empty(z.shape[0], **on) for _ in range(3)]
+        return z.new_empty(3, z.shape[0], **on), *of_rows, z.new_empty(z.shape[0]).bool()
+
+    @staticmethod
+    def row_stats_backward(z, labels, bias, scale, softcap, ignore_index, norm, a, b):
+        assert norm.shape == (3, z.shape[0]) and a.shape == b.shape == labels.shape
 
     @staticmethod
     def segment_sum(values, cu_seqlens):
@@ -216,7 +259,8 @@ def test_no_value_is_read_on_the_cuda_path(dtype, with_rows, monkeypatch):
     CPU ones; with a GPU, test_triton_gpu.py asks CUDA itself.)
     """
     monkeypatch.setattr(streaming, "on_host", lambda tensor: False)
-    monkeypatch.setattr(dispatch, "load", lambda impl: ShapesOnly)
+    for module in (streaming, segments):
+        monkeypatch.setattr(module, "load", lambda impl: ShapesOnly)
     with FakeTensorMode(), torch.no_grad():
         device = torch.device("cpu")
         hidden, weight = (
@@ -233,26 +277,28 @@ def test_no_value_is_read_on_the_cuda_path(dtype, with_rows, monkeypatch):
         sk.linear_sequence_logps(hidden.view(15, 8), weight, labels.view(15), cu)
         sk.fused_sppo_loss(hidden, labels, ref, ref)
         head = (hidden.view(15, 8), weight, bias, labels.view(15),
-                None if rows is None else rows.view(15), 1.0, 3.0, -100)  # fmt: skip
+                None if rows is None else rows.view(15), 1.0, 3.0, -100, 4)  # fmt: skip
+        upstream = torch.empty(15, device=device)
         for retain in (0, 8, 15):
-            _, dx, dz = dispatch.linear_token_logps(*head, True, True, 4, retain, "triton")
-            upstream = torch.empty(15, device=device)
-            out = dispatch.linear_token_logps_backward(
-                upstream, *head, dx, dz, True, True, True, 4, "triton"
-            )
-            assert [t.dtype for t in out] == [dtype] * 3
-        dispatch.linear_sppo_grouped(
-            *head, [0, 5, 10, 15], [0, 2, 3], ref, ref, ref, 10.0, False, True, True, True, 4, 10,
-            "triton",
+            for wanted, of_entropy in ((False, None), (True, None), (True, upstream)):
+                call = (*head, retain, "triton")
+                *_, norm, dx, dz = kernels["linear_token_logps"](*call, *(wanted,) * 4, True)
+                out = kernels["linear_token_logps_backward"](
+                    upstream, of_entropy, *call, norm, dx, dz, True, True, True
+                )
+                assert [t.dtype for t in out] == [dtype] * 3
+        kernels["linear_sppo_grouped"](
+            *head, 10, "triton", [0, 5, 10, 15], [0, 2, 3], ref, ref, ref, 10.0, 1.0, True, True,
+            True,
         )  # fmt: skip
 
 
 def test_chunks_do_not_depend_on_vocabulary_or_width():
     """Policy and reference heads of any size take the same chunk shapes."""
-    assert set(linear_logps.CHUNK_ROWS) == {"cpu", "cuda"}
-    small = linear_logps.checked_linear(
-        torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 3).long(), bias=None, rows=None,
-        logit_scale=1.0, softcap=None, ignore_index=-100,
+    assert set(linear.CHUNK_ROWS) == {"cpu", "cuda"}
+    small = calls.checked(
+        torch.randn(2, 3, 4), torch.randn(5, 4), None, torch.zeros(2, 3).long(), None, 1.0, None,
+        -100, None, "native",
     )  # fmt: skip
     large = small._replace(weight=torch.empty(50000, 4))
-    assert linear_logps.chunk_rows_for(small, None) == linear_logps.chunk_rows_for(large, None)
+    assert calls.chunk_rows(small, None) == calls.chunk_rows(large, None)

@@ -13,7 +13,7 @@ import json, torch
 import sppo_kernels as sk
 from sppo_kernels import _C
 from sppo_kernels.testing import relative_error
-from sppo_kernels.logps.stats import TOKEN_STATS
+from sppo_kernels.logps.linear import TOKEN_STATS
 
 errors = {}
 for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import sppo_kernels as sk
-from sppo_kernels.testing import assert_within_budget, poisoned_empty, relative_error
+from sppo_kernels.testing import assert_within_budget, poisoned_empty, relative_error, sensitivity
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -29,8 +29,15 @@ def make(generator, batch, steps, vocab, dtype, scale=4.0):
 
 
 def eager(logits, labels):
-    """Same precision, as people write it: log_softmax in float32, gather."""
-    return F.log_softmax(logits.float(), -1).gather(-1, labels[..., None]).squeeze(-1)
+    """Same precision, as people write it: log_softmax in float32 at least, gather."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.log_softmax(logits, -1).gather(-1, labels[..., None]).squeeze(-1)
+
+
+def size_of(logits, labels):
+    """Of log-probs: what one rounding of the logits does to them."""
+    z = logits.detach().double().requires_grad_()
+    return sensitivity(eager(z, labels), z)
 
 
 def gradients(function, logits, labels, upstream):
@@ -55,7 +62,7 @@ def test_native_within_budget(generator, batch, steps, vocab, dtype):
     )
     assert value.dtype == torch.float32
     assert grad.dtype == dtype
-    assert_within_budget(value, base, truth, what="log p")
+    assert_within_budget(value, base, truth, what="log p", size=size_of(logits, labels))
     assert_within_budget(grad, base_grad, truth_grad, what="gradient")
 
 
@@ -92,7 +99,8 @@ def test_strided_views_are_read_in_place(generator, dtype):
         target = labels[:, : view.shape[1]].clamp(max=view.shape[2] - 1)
         out = sk.token_logps(view, target, impl="native")
         expected = sk.token_logps(view.double(), target)
-        assert_within_budget(out, eager(view, target), expected)
+        size = size_of(view, target)
+        assert_within_budget(out, eager(view, target), expected, size=size)
 
 
 def test_column_strides_are_copied(generator):

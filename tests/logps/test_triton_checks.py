@@ -6,6 +6,7 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+from sppo_kernels import testing  # noqa: E402
 from sppo_kernels.logps.triton import config  # noqa: E402
 from sppo_kernels.logps.triton._tile import expm1, tanh_and_slope  # noqa: E402
 
@@ -42,26 +43,23 @@ def exact_lse(norm):
     return torch.where((m == 0) & (l_sum == 0), 0.0, m + l_sum.log())
 
 
-def assert_within_budget(got, exact, eager, what, rounding=0.0):
-    """|got - exact| <= 2 x the largest error of eager fp32 + one rounding of the output's dtype.
+def assert_within_budget(got, eager, exact, what, size=None):
+    """Element by element, against eager in fp32, not yet rounded to the output's dtype."""
+    assert eager.dtype == torch.float32
+    testing.assert_within_budget(got, eager, exact, what=what, size=size, elementwise=True)
 
-    `eager` is the same computation on the same inputs in fp32, before its result is rounded.
-    `rounding` is what rounding inside the computation may add, where so few values are compared
-    that eager may be exact by luck.
-    """
-    assert eager.dtype == torch.float32 and exact.dtype == torch.float64
-    got64 = got.double()
-    error = (got64 - exact).abs()
-    scale = exact.abs().max() if got.dtype == torch.float32 else exact.abs()
-    info = torch.finfo(got.dtype)
-    bound = 2 * (eager.double() - exact).abs().max() + info.eps * scale + info.smallest_normal
-    bound = bound + rounding
-    assert not got64.isnan().any(), f"{what}: NaN"
-    worst = (error - bound).argmax()
-    assert (error <= bound).all(), (
-        f"{what}: error {error.flatten()[worst]:.3e} over the budget of "
-        f"{bound.expand_as(error).flatten()[worst]:.3e} at {worst}"
-    )
+
+def sizes(u, labels):
+    """What one rounding of the logits u does to log p, the log-sum-exp and every probability."""
+    active = labels != IGNORE
+    u = torch.where(active[..., None], u, 0).detach().double().requires_grad_()
+    lse, p = u.logsumexp(-1), u.softmax(-1).detach()
+    logp = u.gather(-1, labels.clamp_min(0)[..., None])[..., 0] - lse
+    each, own = p * u.detach().abs(), active[..., None] * p
+    # p_i (1 - p_i) |u_i| by its own logit, p_i p_j |u_j| by the others
+    of_p = own * (u.detach().abs() * (1 - 2 * p) + each.sum(-1, keepdim=True))
+    found = (testing.sensitivity(value, u) * active for value in (logp, lse))
+    return (*found, of_p)
 
 
 def assert_same(got, expected, what):

@@ -14,6 +14,7 @@ from tests.logps.test_triton_checks import (  # noqa: F401
     assert_within_budget,
     exact_lse,
     poisoned_empty,
+    sizes,
     tiny_blocks,
 )
 
@@ -83,12 +84,27 @@ def _reference(grad, logits, labels, dtype):
     return logp.gather(-1, y)[..., 0] * active, torch.logsumexp(z, -1) * active, dz
 
 
+def _budget(grad, logits, labels):
+    """Name, eager, exact and size of (log p, log-sum-exp, dlogits), before any is overwritten."""
+    eager, exact = (
+        _reference(grad, logits, labels, dtype) for dtype in (torch.float32, torch.float64)
+    )
+    *size, of_p = sizes(logits, labels)
+    size.append(grad.double().abs()[..., None] * of_p)
+    return list(zip(("logp", "lse", "dlogits"), eager, exact, size, strict=True))
+
+
+def _assert_within(budget, logp, norm, dlogits):
+    found = (logp, exact_lse(norm).float(), dlogits)
+    for got, (name, eager, exact, size) in zip(found, budget, strict=True):
+        assert_within_budget(got, eager, exact, name, size=size)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_values_and_gradients(layout, dtype, generator):
     logits, labels, grad, storage = _inputs(layout, dtype, generator)
-    exact = _reference(grad, logits, labels, torch.float64)
-    eager = _reference(grad, logits, labels, torch.float32)
+    budget = _budget(grad, logits, labels)
     inside = torch.full_like(storage, False, dtype=torch.bool)
     inside.as_strided(logits.shape, logits.stride(), logits.storage_offset()).fill_(True)
     with tiny_blocks():
@@ -96,9 +112,7 @@ def test_values_and_gradients(layout, dtype, generator):
         out = torch.full(logits.shape, float("nan"), dtype=dtype, device=DEVICE)
         token_logps_backward(grad, logits, labels, logp, norm, IGNORE, out)
         token_logps_backward(grad, logits, labels, logp, norm, IGNORE, logits)
-    assert_within_budget(logp, exact[0], eager[0], "logp")
-    assert_within_budget(exact_lse(norm).float(), exact[1], eager[1], "lse")
-    assert_within_budget(out, exact[2], eager[2], "dlogits")
+    _assert_within(budget, logp, norm, out)
     assert_same(logits, out, "in place")
     ignored = labels == IGNORE
     assert (
@@ -112,25 +126,21 @@ def test_production_blocks(generator):
     logits = (torch.randn((1, 3, 8999), generator=generator) * 4).to(DEVICE, torch.bfloat16)
     labels = torch.tensor([[8998, IGNORE, 0]], device=DEVICE)
     grad = torch.randn((1, 3), generator=generator).to(DEVICE)
-    exact = _reference(grad, logits, labels, torch.float64)
-    eager = _reference(grad, logits, labels, torch.float32)
+    budget = _budget(grad, logits, labels)
     logp, norm = token_logps(logits, labels, IGNORE)
     token_logps_backward(grad, logits, labels, logp, norm, IGNORE, logits)
-    assert_within_budget(logp, exact[0], eager[0], "logp")
-    assert_within_budget(exact_lse(norm).float(), exact[1], eager[1], "lse")
-    assert_within_budget(logits, exact[2], eager[2], "dlogits")
+    _assert_within(budget, logp, norm, logits)
 
 
 def test_out_of_another_dtype_and_layout(generator):
     """fp32 gradient of bf16 logits, into padded rows."""
     logits, labels, grad, _ = _inputs(_plain(2, 2, 37), torch.bfloat16, generator)
-    exact = _reference(grad, logits, labels, torch.float64)[2]
-    eager = _reference(grad, logits, labels, torch.float32)[2]
+    *_, (name, eager, exact, size) = _budget(grad, logits, labels)
     out = torch.full((2, 2, 43), float("nan"), device=DEVICE)
     with tiny_blocks():
         logp, norm = token_logps(logits, labels, IGNORE)
         token_logps_backward(grad, logits, labels, logp, norm, IGNORE, out[:, :, 3:40])
-    assert_within_budget(out[:, :, 3:40], exact, eager, "dlogits")
+    assert_within_budget(out[:, :, 3:40], eager, exact, name, size=size)
     assert out[:, :, :3].isnan().all() and out[:, :, 40:].isnan().all()
 
 
@@ -139,14 +149,12 @@ def test_int32_strided_labels_and_expanded_grad(generator):
     tokens = torch.randint(0, 19, (2, 4), generator=generator).to(DEVICE, torch.int32)
     grad = torch.full((1, 1), -0.5, device=DEVICE).expand(2, 3)
     labels = tokens[:, 1:]
-    exact = _reference(grad, logits, labels.long(), torch.float64)
-    eager = _reference(grad, logits, labels.long(), torch.float32)
+    budget = _budget(grad, logits, labels.long())
     out = torch.empty_like(logits)
     with tiny_blocks():
         logp, norm = token_logps(logits, labels, IGNORE)
         token_logps_backward(grad, logits, labels, logp, norm, IGNORE, out)
-    assert_within_budget(logp, exact[0], eager[0], "logp")
-    assert_within_budget(out, exact[2], eager[2], "dlogits")
+    _assert_within(budget, logp, norm, out)
 
 
 @pytest.mark.parametrize("shift", [1e4, -1e4])
@@ -159,8 +167,8 @@ def test_a_shift_of_all_logits_costs_no_accuracy(shift, generator):
     with tiny_blocks():
         logp, norm = token_logps(logits, labels, IGNORE)
         token_logps_backward(grad, logits, labels, logp, norm, IGNORE, logits)
-    assert_within_budget(logp, exact[0], eager[0], "logp")
-    assert_within_budget(logits, exact[2], eager[2], "dlogits")
+    assert_within_budget(logp, eager[0], exact[0], "logp")
+    assert_within_budget(logits, eager[2], exact[2], "dlogits")
     torch.testing.assert_close(exact_lse(norm), exact[1], rtol=0, atol=1e-6)
 
 

@@ -5,13 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 
+import sppo_kernels as sk
+
 pytest.importorskip("triton")
 
 from sppo_kernels.logps.triton import (
     segment_expand,
     segment_sum,
-    sppo_from_logits,
-    token_logps_backward,
 )
 from tests.logps.test_triton_checks import (  # noqa: F401
     DEVICE,
@@ -72,63 +72,60 @@ def test_expanded_values_and_no_rows():
     assert segment_expand(torch.ones(1, device=DEVICE), none, 0).shape == (0,)
 
 
-def _loss(logp, cu, ref, win, scale, eta, win_units):
-    total = torch.stack([logp[a:b].sum() for a, b in pairwise(cu)])
-    target = win - 0.5
-    residual = (total - ref) / eta - target if win_units else total - ref - eta * target
-    return scale * residual * residual, total
-
-
 CASES = {
-    "padded": ((3, 4, 37), [0, 4, 8, 12]),
-    "packed, an empty response": ((1, 12, 37), [0, 5, 5, 12]),
-    "packed, rows after the last": ((1, 12, 32), [0, 5, 9]),
+    "padded": ((3, 4, 37), None),
+    "packed, an empty response": ((12, 37), [0, 5, 5, 12]),
 }
 
 
-@pytest.mark.parametrize("win_units", [False, True])
+@pytest.mark.parametrize("units", ["log_ratio", "win_rate"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_loss_and_coefficients(case, win_units, generator):
+def test_loss_and_gradient(case, units, generator):
     shape, cu = case
-    n_seq, eta = len(cu) - 1, 7.0
+    n_seq, eta = 3, 7.0
     logits = (torch.randn(shape, generator=generator) * 3).to(DEVICE)
-    labels = torch.randint(0, shape[2], shape[:2], generator=generator).to(DEVICE)
-    labels[0, 1] = IGNORE
-    logits[0, 1] = float("nan")
+    labels = torch.randint(0, shape[-1], shape[:-1], generator=generator).to(DEVICE)
+    labels[..., 1] = IGNORE
+    logits[labels == IGNORE] = float("nan")
     ref = (torch.randn(n_seq, generator=generator) * 3 - 20).to(DEVICE)
     win = torch.rand(n_seq, generator=generator).to(DEVICE)
     scale = torch.rand(n_seq, generator=generator).to(DEVICE)
+    bounds = cu or [0, 4, 8, 12]
 
     def reference(dtype):
-        active = (labels != IGNORE).flatten()
         z = torch.where((labels != IGNORE)[..., None], logits, 0).to(dtype).requires_grad_()
         logp = torch.log_softmax(z, -1).gather(-1, labels.clamp_min(0)[..., None]).flatten()
-        logp = torch.where(active, logp, 0.0)
-        logp.retain_grad()
-        args = (ref.to(dtype), win.to(dtype), scale.to(dtype))
-        loss, total = _loss(logp, cu, *args, eta, win_units)
+        logp = torch.where((labels != IGNORE).flatten(), logp, 0.0)
+        total = torch.stack([logp[a:b].sum() for a, b in pairwise(bounds)])
+        target, unit = eta * (win.to(dtype) - 0.5), eta if units == "win_rate" else 1.0
+        residual = (total - ref.to(dtype) - target) / unit
+        loss = scale.to(dtype) * residual * residual
         loss.sum().backward()
-        coef = torch.where(active, logp.grad, 0.0).view(shape[:2])
-        return loss.detach(), total.detach(), coef, z.grad
+        return loss.detach(), total.detach(), z.grad
 
     exact, eager = reference(torch.float64), reference(torch.float32)
-    cu_seqlens = torch.tensor(cu, device=DEVICE)
-    with tiny_blocks():
-        args = (labels, cu_seqlens, ref, win, scale, eta, win_units, IGNORE)
-        loss, logps, coef, logp, norm = sppo_from_logits(logits, *args)
-        again = sppo_from_logits(logits, *args)
-        token_logps_backward(-coef, logits, labels, logp, norm, IGNORE, logits)
-    names = ("loss", "logps", "coef", "dlogits")
-    got = (loss, logps, coef, logits)
-    # One unit of what is subtracted in the residual, and what it does to the loss and coefficients.
-    delta = torch.finfo(torch.float32).eps * (exact[1].abs() + ref.double().abs())
-    curvature = 2 * scale.double() / (eta**2 if win_units else 1)
+    offsets = None if cu is None else torch.tensor(cu, device=DEVICE)
+
+    def ours():
+        z = logits.clone().requires_grad_()
+        with tiny_blocks():
+            out = sk.fused_sppo_loss(
+                z, labels, ref, win, offsets, eta=eta, weights=scale, reduction="none",
+                units=units, impl="triton",
+            )  # fmt: skip
+            out.loss.sum().backward()
+        return out.loss.detach(), out.logps, z.grad
+
+    got = ours()
+    # What is subtracted in the residual, and what its rounding does to the loss and coefficients.
+    delta = exact[1].abs() + ref.double().abs()
+    curvature = 2 * scale.double() / (eta**2 if units == "win_rate" else 1)
     slope, of_coef = (2 * curvature * exact[0]).sqrt(), (curvature * delta).max()
-    rounding = (slope * delta, delta, of_coef, of_coef)
-    for name, g, e, f, r in zip(names, got, exact, eager, rounding, strict=True):
-        assert_within_budget(g, e, f, name, r)
-    assert coef[0, 1] == 0 and (coef.flatten()[cu[-1] :] == 0).all()
-    for first, second in zip((loss, logps, coef, logp, norm), again, strict=True):
+    names, found = ("loss", "logps", "dlogits"), (slope * delta, delta, of_coef)
+    for name, g, e, f, size in zip(names, got, eager, exact, found, strict=True):
+        assert_within_budget(g, e, f, name, size=size)
+    assert (got[2][labels == IGNORE] == 0).all()
+    for first, second in zip(got, ours(), strict=True):
         assert torch.equal(first, second)
 
 
@@ -137,21 +134,18 @@ def test_nan_stays_in_its_response(generator):
     logits[0, 2, 5] = float("nan")
     labels = torch.zeros((2, 3), dtype=torch.long, device=DEVICE)
     half = torch.full((2,), 0.5, device=DEVICE)
-    cu = torch.tensor([0, 3, 6], device=DEVICE)
-    loss, logps, coef, _, _ = sppo_from_logits(
-        logits, labels, cu, half, half, half, 1000.0, False, IGNORE
-    )
-    for value in (loss, logps, coef[:, 0]):
+    leaf = logits.requires_grad_()
+    out = sk.fused_sppo_loss(leaf, labels, half, half, reduction="none", impl="triton")
+    out.loss.sum().backward()
+    for value in (out.loss, out.logps, leaf.grad.sum((1, 2))):
         assert value.isnan().tolist() == [True, False]
 
 
-def test_no_responses():
-    logits = torch.zeros((0, 3, 5), device=DEVICE)
-    labels = torch.zeros((0, 3), dtype=torch.long, device=DEVICE)
-    none = torch.zeros(0, device=DEVICE)
-    cu = torch.zeros(1, dtype=torch.long, device=DEVICE)
-    loss, logps, coef, logp, norm = sppo_from_logits(
-        logits, labels, cu, none, none, none, 1.0, True, -1
-    )
-    assert loss.shape == logps.shape == (0,)
-    assert coef.shape == logp.shape == norm.shape[1:] == (0, 3)
+def test_all_rows_ignored():
+    logits = torch.full((2, 3, 5), float("nan"), device=DEVICE, requires_grad=True)
+    labels = torch.full((2, 3), IGNORE, device=DEVICE)
+    half = torch.full((2,), 0.5, device=DEVICE)
+    out = sk.fused_sppo_loss(logits, labels, half, half, impl="triton")
+    out.loss.backward()
+    assert out.logps.tolist() == [0, 0] and out.loss == 0.25
+    assert (logits.grad == 0).all()

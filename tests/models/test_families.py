@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from sppo_kernels.integrations.transformers import model_token_logps  # noqa: E402
 from sppo_kernels.models.head import SCALES, SOFTCAPS, HeadProbeError, find_head  # noqa: E402
-from sppo_kernels.testing import assert_within_budget  # noqa: E402
+from sppo_kernels.testing import assert_within_budget, sensitivity  # noqa: E402
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/models.md"
 V = 101  # odd: no kernel sees a whole vector
@@ -227,13 +227,15 @@ def test_log_probs_and_gradients_are_those_of_the_logits(family, generator):
     ids, labels, mask = batch(generator)
     exact = copy.deepcopy(model).double()
     wanted, logits = eager(model, ids, labels, mask)
-    truth, _ = eager(exact, ids, labels, mask)
+    truth, exact_logits = eager(exact, ids, labels, mask)
+    size = sensitivity(truth, exact_logits)
+    truth = truth.double()  # Mamba and xLSTM round their logits to float32 even when in float64
     got = model_token_logps(model, ids, labels, mask)
     assert got.dtype == torch.float32
     assert got.shape == (3, 10)
     assert (got[labels[:, 1:] == -100] == 0).all()
     assert wanted.abs().max() > 1  # neither uniform nor trivial
-    assert_within_budget(got, wanted, truth, what=f"{family}: log-probs")
+    assert_within_budget(got, wanted, truth, what=f"{family}: log-probs", size=size)
     weights = torch.randn(got.shape, generator=generator)
     for mine, theirs, true in zip(
         gradients(model, (got * weights).sum()),

@@ -29,7 +29,7 @@ def module(name: str, **contents: Any) -> ModuleType:
     return made
 
 
-def use(kind: str, modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> str:
+def use(kind: str, modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `import` find the real package, or the stand-in; skip where there is no real one."""
     if kind == "standin":
         package = next(iter(modules)).partition(".")[0]
@@ -42,13 +42,33 @@ def use(kind: str, modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPat
                 parent = ".".join(name.split(".")[:k])
                 if parent not in modules:
                     monkeypatch.setitem(sys.modules, parent, module(parent, __path__=[]))
-        return kind
+        return
     for name in modules:
         try:
             importlib.import_module(name)
         except ImportError as error:
             pytest.skip(f"{name} is not importable here: {error}")
-    return kind
+
+
+def fixture(adapter: Any, standin: Any) -> Any:
+    """A fixture: how to import the framework's modules, the real ones and then the stand-in's."""
+
+    @pytest.fixture(params=KINDS)
+    def framework(request, monkeypatch):
+        provide(request.param, standin, monkeypatch)
+        yield importlib.import_module
+        if adapter._installed.swap is not None:
+            adapter.unpatch()
+
+    return framework
+
+
+def provide(kind: str, standin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`use` of a stand-in's modules; with the real package, of what it needs CUDA to build."""
+    if kind == "real":
+        for name, made in getattr(standin, "dependencies", dict)().items():
+            monkeypatch.setitem(sys.modules, name, made)
+    use(kind, standin.modules(), monkeypatch)
 
 
 def same_shape(standin: Any, real: Any) -> None:

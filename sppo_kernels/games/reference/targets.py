@@ -1,4 +1,4 @@
-"""Eager PyTorch for the common path: symmetrisation, win rates, pairs and targets.
+"""Eager PyTorch for the common path: pooling, symmetrisation, win rates, pairs and targets.
 
 These define what the compiled operators compute. Games are [G, K, K], `lengths` [G] or None; the
 diagonal is never read. Differentiable through autograd.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sppo_kernels.games.ops import LOGIT, PROB, UCLAML
+AS_GIVEN, PROB, LOGIT, UCLAML = 0, 1, 2, 3  # how games are symmetrised, as in csrc/game/targets.h
 
 
 def inside(x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -79,16 +79,33 @@ def targets(
     return win, eta * (win - 0.5), best, worst, prob
 
 
-def check(
-    x: Tensor, lengths: Tensor | None, low: float, high: float, want_gap: bool
-) -> tuple[int, float, int]:
+def check(x: Tensor, lengths: Tensor | None, low: float, high: float, want_gap: bool) -> Tensor:
     """Flat index of the first bad entry, the largest |P_ij + P_ji - 1|, its index; -1 for none."""
     mask = opponents(x, lengths)
     bad = (~((x >= low) & (x <= high)) & mask).flatten()
     first = int(bad.int().argmax()) if bool(bad.any()) else -1
-    if not want_gap or x.numel() == 0:
-        return first, 0.0, -1
-    gap = (x + x.mT - 1).abs().masked_fill(~mask, 0).flatten()
-    gap = gap.nan_to_num(0.0)
-    at = int(gap.argmax())
-    return first, float(gap[at]), at if gap[at] > 0 else -1
+    gap, at = 0.0, -1
+    if want_gap and x.numel():
+        gaps = (x + x.mT - 1).abs().masked_fill(~mask, 0).flatten().nan_to_num(0.0)
+        gap = float(gaps.amax())
+        at = int(gaps.argmax()) if gap > 0 else -1
+    return torch.tensor([first, gap, at], dtype=torch.float64)
+
+
+def aggregate(
+    i: Tensor, j: Tensor, outcome: Tensor, weight: Tensor | None, game: Tensor, games: int, k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """P, counts [G, K, K], macro and micro rates, weight of each response [G, K], in float64."""
+    weight = torch.ones_like(outcome) if weight is None else weight
+    cells = torch.cat(((game * k + i) * k + j, (game * k + j) * k + i))
+    flat = outcome.new_zeros(games * k * k)
+    wins = flat.index_add(0, cells, torch.cat((weight * outcome, weight * (1 - outcome))))
+    counts = flat.index_add(0, cells, weight.repeat(2)).view(games, k, k)
+    wins = wins.view(games, k, k)
+    met = counts > 0
+    p = torch.where(met, wins / counts.where(met, torch.ones_like(counts)), 0.5)
+    total, rivals = counts.sum(-1), met.sum(-1)
+    seen = rivals > 0
+    macro = torch.where(seen, (p * met).sum(-1) / rivals.clamp(min=1), 0.5)
+    micro = torch.where(seen, (wins * met).sum(-1) / total.where(seen, torch.ones_like(total)), 0.5)
+    return p, counts, macro, micro, total

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sppo_kernels.integrations.trl import hooks
-from sppo_kernels.trainer.config import UNITS
+from sppo_kernels.trainer.config import LossConfig
 
 DPOConfig: Any = hooks.load()["DPOConfig"]
 
@@ -21,7 +21,7 @@ UNUSED = {
 
 
 @dataclass
-class SoftSPPOConfig(DPOConfig):
+class SoftSPPOConfig(LossConfig, DPOConfig):
     """`trl.DPOConfig` with the loss types `sppo` and `sppo_single`, and `sppo_hard` fused.
 
     With r = log π_θ(y|x) − log π_ref(y|x) and η = 1/beta, per response (docs/trl_trainer.md):
@@ -48,17 +48,7 @@ class SoftSPPOConfig(DPOConfig):
         metadata={"help": "1/eta of SPPO. Default: 0.001 for sppo and sppo_single, else TRL's."},
     )
     loss_units: str = field(
-        default="log_ratio",
-        metadata={
-            "help": "'log_ratio': the residual in nats, as TRL and the released code; 'win_rate': "
-            "over eta, of order 1, so that gradient clipping of other losses fits."
-        },
-    )
-    memory_budget: int | None = field(
-        default=None, metadata={"help": "Bytes the fused loss may hold for logits."}
-    )
-    impl: str = field(
-        default="auto", metadata={"help": "Backend: 'auto', 'reference', 'triton' or 'native'."}
+        default="log_ratio", metadata=LossConfig.__dataclass_fields__["loss_units"].metadata
     )
 
     @property
@@ -84,10 +74,7 @@ class SoftSPPOConfig(DPOConfig):
                 f"loss_type: {ours[0]!r} is fused with the head and cannot be combined with other "
                 f"losses, got {self.loss_type}"
             )
-        if not self.beta > 0:
-            raise ValueError(f"beta: expected a number above 0 (eta = 1/beta), got {self.beta}")
-        if self.loss_units not in UNITS:
-            raise ValueError(f"loss_units: expected one of {UNITS}, got {self.loss_units!r}")
+        self.check_loss("beta")
         for name, neutral in UNUSED.items():
             value = getattr(self, name)
             if value != neutral:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
+from sppo_kernels.integrations._swap import IntegrationError, parameters_of, resolve, version_of
 from sppo_kernels.integrations.trl.versions import UnsupportedTRLError
+from sppo_kernels.optional import require
 
 __all__ = ["UnsupportedTRLError", "check_version", "load", "missing_hooks"]
 
@@ -22,51 +23,40 @@ METHODS = {
 }
 # attributes that its __init__ sets and the overriding methods read
 ATTRIBUTES = (
-    "aux_loss_enabled",
-    "loss_weights",
-    "precompute_ref_logps",
-    "ref_model",
-    "router_aux_loss_coef",
-    "_metrics",
-    "_precompute_model_hash",
-    "_total_train_tokens",
-)
+    "aux_loss_enabled", "loss_weights", "precompute_ref_logps", "ref_model", "router_aux_loss_coef",
+    "_metrics", "_precompute_model_hash", "_total_train_tokens",
+)  # fmt: skip
 FIELDS = (
-    "beta",
-    "f_divergence_type",
-    "label_smoothing",
-    "ld_alpha",
-    "loss_type",
-    "loss_weights",
-    "max_length",
-    "pad_to_multiple_of",
-    "precompute_ref_log_probs",
-    "truncation_mode",
+    "beta", "f_divergence_type", "label_smoothing", "ld_alpha", "loss_type", "loss_weights",
+    "max_length", "pad_to_multiple_of", "precompute_ref_log_probs", "truncation_mode",
     "use_weighting",
-)
-HELPERS = (
-    ("trl.trainer.utils", "use_adapter"),
-    ("trl.models.utils", "disable_gradient_checkpointing"),
-)
+)  # fmt: skip
 COLLATOR = ("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of")
+WANTED = (
+    "trl.trainer.dpo_trainer:DPOTrainer",
+    "trl.trainer.dpo_config:DPOConfig",
+    "trl.trainer.dpo_trainer:DataCollatorForPreference",
+    "trl.trainer.utils:use_adapter",
+    "trl.models.utils:disable_gradient_checkpointing",
+)
 
 
 def missing_hooks(trainer: type, config: type, collator: type) -> list[str]:
     """What DPOTrainer, DPOConfig and DataCollatorForPreference lack, in words."""
     found = []
     for name, expected in METHODS.items():
-        method = getattr(trainer, name, None)
-        if method is None:
+        got = parameters_of(trainer, name)
+        if got is None:
             found.append(f"DPOTrainer.{name} is not there")
-            continue
-        got = tuple(inspect.signature(method).parameters)
-        if got != expected:
+        elif got != expected:
             found.append(f"DPOTrainer.{name}{got} (expected {expected})")
     names = trainer.__init__.__code__.co_names
     found += [f"DPOTrainer sets no {name}" for name in ATTRIBUTES if name not in names]
-    found += [f"DPOConfig has no {n}" for n in FIELDS if n not in config.__dataclass_fields__]
-    fields = getattr(collator, "__dataclass_fields__", {})
-    found += [f"DataCollatorForPreference has no {n}" for n in COLLATOR if n not in fields]
+    for cls, wanted, fields in (
+        ("DPOConfig", FIELDS, config.__dataclass_fields__),
+        ("DataCollatorForPreference", COLLATOR, getattr(collator, "__dataclass_fields__", {})),
+    ):
+        found += [f"{cls} has no {name}" for name in wanted if name not in fields]
     return found
 
 
@@ -90,33 +80,14 @@ def load() -> dict[str, Any]:
     """TRL's classes and helpers by name, checked.
 
     Raises:
-        ImportError: TRL is not installed.
+        ImportError: TRL, or a package that it needs, is not installed.
         UnsupportedTRLError: it is a version without the hooks.
     """
-    import importlib
-
-    from sppo_kernels.optional import require
-
-    trl = require("trl", "trl")
-    wanted = [
-        ("trl.trainer.dpo_trainer", "DPOTrainer"),
-        ("trl.trainer.dpo_config", "DPOConfig"),
-        ("trl.trainer.dpo_trainer", "DataCollatorForPreference"),
-        *HELPERS,
-    ]
-    found = {}
-    for module, name in wanted:
-        try:
-            found[name] = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise UnsupportedTRLError(
-                f"SoftSPPOTrainer is tested with TRL {', '.join(TESTED)}; TRL {trl.__version__} "
-                f"has no {module}.{name} ({error})"
-            ) from error
-    check_version(
-        trl.__version__,
-        found["DPOTrainer"],
-        found["DPOConfig"],
-        found["DataCollatorForPreference"],
-    )
+    require("trl", "trl")
+    try:
+        found = {p.partition(":")[2]: resolve(p, f"TRL {', '.join(TESTED)}") for p in WANTED}
+    except IntegrationError as error:
+        raise UnsupportedTRLError(f"SoftSPPOTrainer: {error}") from error
+    names = ("DPOTrainer", "DPOConfig", "DataCollatorForPreference")
+    check_version(version_of("trl"), *(found[name] for name in names))
     return found

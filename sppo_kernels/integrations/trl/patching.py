@@ -7,14 +7,11 @@ the positions without a label (on a CPU it would compute them all).
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
 
 from sppo_kernels import checks
+from sppo_kernels.integrations._swap import Hook, Installed
 from sppo_kernels.integrations.trl.function import (
     DEFAULT_BUDGET,
     FusedLogProbs,
@@ -22,28 +19,28 @@ from sppo_kernels.integrations.trl.function import (
     prove,
 )
 from sppo_kernels.integrations.trl.heads import guarded
-from sppo_kernels.integrations.trl.versions import COMPACT, Found, Layout, detect
-from sppo_kernels.logps.linear import check_budget
+from sppo_kernels.integrations.trl.versions import (
+    ADD_HEAD,
+    COMPACT,
+    FUNCTION,
+    TESTED,
+    Found,
+    Layout,
+    detect,
+)
 
 __all__ = ["is_patched", "patch", "patched", "unpatch"]
 
 logger = logging.getLogger("sppo_kernels")
 
-
-@dataclass
-class _Patch:
-    found: Found
-    settings: Settings
-    swaps: list[tuple[Any, Any]]  # (original, replacement), wherever TRL binds them
-    compact: Any | None = None  # replaces _use_triton in trl.trainer.utils alone
-
-
-_patch: _Patch | None = None
+_installed = Installed("trl", TESTED, skip="trl.kernels", repeatable=True)
+_settings = Settings()  # of the patch in place; read at every call
+_found: Found | None = None  # what is patched
 
 
 def is_patched() -> bool:
     """Whether TRL's function is replaced now."""
-    return _patch is not None
+    return _installed.swap is not None
 
 
 def patch(
@@ -70,69 +67,33 @@ def patch(
         TypeError, ValueError: an option is not one of the above.
         UnsupportedTRLError: it is of no known layout; nothing is replaced.
     """
-    global _patch
+    global _found
     checks.choice("impl", impl, ("auto", "native", "triton", "reference"))
-    settings = Settings(check_budget(memory_budget), impl, probe)
-    if _patch is not None:
-        _assign(_patch.settings, settings)
-        return _patch.found.layout
-    found = detect()
-    function = FusedLogProbs(found, settings)
-    prove(found)
-    new = _Patch(found, settings, [(found.function, function)])
+    options = Settings(checks.budget(memory_budget), impl, probe)
+    if not is_patched():
+        found = detect()
+        prove(found)
+        _installed.install(_hooks(found))
+        _found = found
+        logger.info(
+            "sppo_kernels: TRL %s computes log-probs with this package (%s)",
+            found.version,
+            "heads are checked" if found.layout.fused_head else "its heads cannot be checked",
+        )
+    vars(_settings).update(vars(options))
+    return _found.layout
+
+
+def _hooks(found: Found) -> Iterator[Hook]:
+    yield Hook(found.utils, FUNCTION, None, lambda _: FusedLogProbs(found, _settings))
     if found.layout.fused_head:
-        new.swaps.append((found.add_head, guarded(found.add_head, _settings)))
+        yield Hook(found.utils, ADD_HEAD, None, lambda own: guarded(own, _current))
     if found.compact is not None:
-        new.compact = _always
-    try:
-        _patch = new
-        for original, replacement in new.swaps:
-            _rebind(original, replacement)
-        if new.compact is not None:
-            setattr(found.utils, COMPACT, new.compact)
-    except BaseException:
-        unpatch()
-        raise
-    logger.info(
-        "sppo_kernels: TRL %s computes log-probs with this package (%s)",
-        found.version,
-        "heads are checked" if found.layout.fused_head else "its heads cannot be checked",
-    )
-    return found.layout
+        yield Hook(found.utils, COMPACT, None, lambda _: _always, only_here=True)
 
 
-def unpatch() -> None:
-    """Put back the very same objects; without a patch in place, do nothing."""
-    global _patch
-    if _patch is None:
-        return
-    for original, replacement in _patch.swaps:
-        _rebind(replacement, original)
-    if _patch.compact is not None:
-        setattr(_patch.found.utils, COMPACT, _patch.found.compact)
-    _patch = None
-
-
-@contextlib.contextmanager
-def patched(**options: Any) -> Iterator[Layout]:
-    """`patch(**options)` for a while; afterwards, also after an error, all is as it was before.
-
-    Within another patch it sets the options and leaves that patch, with its own, in place.
-    """
-    before = None if _patch is None else replace(_patch.settings)
-    try:
-        yield patch(**options)
-    finally:
-        if before is None:
-            unpatch()
-        elif _patch is None:  # undone inside
-            patch(**vars(before))
-        else:
-            _assign(_patch.settings, before)
-
-
-def _settings() -> Settings | None:
-    return None if _patch is None else _patch.settings
+def _current() -> Settings | None:
+    return _settings if is_patched() else None
 
 
 def _always(device: object) -> bool:
@@ -140,16 +101,5 @@ def _always(device: object) -> bool:
     return True
 
 
-def _assign(settings: Settings, values: Settings) -> None:
-    for name, value in vars(values).items():
-        setattr(settings, name, value)
-
-
-def _rebind(old: Any, new: Any) -> None:
-    """Bind `new` to every name in TRL's loaded modules that is bound to `old`."""
-    for name, module in list(sys.modules.items()):
-        if module is None or name.split(".")[0] != "trl" or name.startswith("trl.kernels"):
-            continue
-        for key, value in list(vars(module).items()):
-            if value is old:
-                setattr(module, key, new)
+unpatch = _installed.uninstall
+patched = _installed.scoped(patch, lambda: vars(_settings))

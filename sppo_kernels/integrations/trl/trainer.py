@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 
+from sppo_kernels.data.collate import COLUMNS
 from sppo_kernels.data.rows import DataError
 from sppo_kernels.integrations.trl import hooks, rows
 from sppo_kernels.integrations.trl.collator import DataCollatorForSoftSPPO, SoftBatch
 from sppo_kernels.integrations.trl.config import SoftSPPOConfig
-from sppo_kernels.integrations.trl.forward import SoftForward, install
-from sppo_kernels.integrations.trl.metrics import SoftMetrics
-from sppo_kernels.integrations.trl.reference import with_reference
-from sppo_kernels.models.head import HeadProbeError, causal_lm
+from sppo_kernels.integrations.trl.metrics import trl_metrics
+from sppo_kernels.models.probe import checked_head
+from sppo_kernels.models.refusals import HeadProbeError
+from sppo_kernels.trainer import reference
+from sppo_kernels.trainer.forward import LossForward
+from sppo_kernels.trainer.metrics import MetricStore
 
 _TRL = hooks.load()
 DPOTrainer: Any = _TRL["DPOTrainer"]
 use_adapter, disable_gradient_checkpointing = (
     _TRL[name] for name in ("use_adapter", "disable_gradient_checkpointing")
 )
-
-COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "response_ids", "win_rate", "pair"]
 
 
 class SoftSPPOTrainer(DPOTrainer):
@@ -68,14 +71,12 @@ class SoftSPPOTrainer(DPOTrainer):
         if not isinstance(args, SoftSPPOConfig):
             raise TypeError(f"args: expected SoftSPPOConfig, got {type(args).__name__}")
         self._soft = args.soft
-        self._forward: SoftForward | None = None
-        self._ref_forward: SoftForward | None = None
-        self._ref_given = ref_model is not None
+        self._forward: LossForward | None = None
         if self._soft is None:  # a loss of TRL's: the parent does everything
             self._name, self._paper = DPOTrainer._name, DPOTrainer._paper
             self._tag_names = DPOTrainer._tag_names
         else:
-            self._soft_metrics = {mode: SoftMetrics(args.eta) for mode in ("train", "eval")}
+            self._stores = {mode: MetricStore(args.eta) for mode in ("train", "eval")}
         super().__init__(model, ref_model, args, *rest, **kwargs)
         if self._soft is not None:
             self._set_up()
@@ -102,17 +103,11 @@ class SoftSPPOTrainer(DPOTrainer):
                 **{name: getattr(self.data_collator, name) for name in names}
             )
         args = self.args
-        settings = {"eta": args.eta, "units": args.loss_units}
-        settings |= {"memory_budget": args.memory_budget, "impl": args.impl}
-        policy = self.accelerator.unwrap_model(self.model)
-        # Prompt learning is PEFT's own forward around ours, so the model in it is what counts.
-        lm = policy.get_base_model() if is_peft_model(policy) else causal_lm(policy)
-        forward = install(lm, settings)
-        if self.ref_model is not None:
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            like = forward if sharded or not self._ref_given else None
-            self._ref_forward = install(causal_lm(self.ref_model), settings, like)
-        self._forward = forward
+        checked_head(self.model, impl=args.impl)
+        # a sharded reference is compared at its first call, when all ranks make it whole
+        if self.ref_model is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            checked_head(self.ref_model, impl=args.impl)
+        self._forward = LossForward(args.loss_settings())
 
     def _refuse_parallelism(self) -> None:
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
@@ -135,11 +130,7 @@ class SoftSPPOTrainer(DPOTrainer):
                 )
 
     def release(self) -> None:
-        """Take the fused loss out of policy and reference again."""
-        for forward in (self._forward, self._ref_forward):
-            if forward is not None:
-                forward.remove()
-        self._forward = self._ref_forward = None
+        """Nothing is left in the models between calls; kept for callers."""
 
     # --- data -------------------------------------------------------------------------------------
 
@@ -187,13 +178,30 @@ class SoftSPPOTrainer(DPOTrainer):
         if self._soft is None:
             super()._set_signature_columns_if_needed()
         elif self._signature_columns is None:
-            self._signature_columns = [*COLUMNS, "ref_logps"]
+            self._signature_columns = [*COLUMNS, reference.COLUMN]
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if self._soft is None or not hasattr(dataset, "num_rows"):  # the parent refuses streams
             return super()._precompute_ref_logps(dataset, name, batch_size)
         self._set_up()
-        return with_reference(self, dataset, name, batch_size)
+        if reference.COLUMN in dataset.column_names:
+            return dataset
+        collator = self.data_collator
+        key = {
+            "data": reference.data_key(dataset),
+            "weights": self._precompute_model_hash,
+            "truncation": f"{collator.truncation_mode} {collator.max_length}",
+            "precision": self.accelerator.mixed_precision,
+        }
+        path = Path(dataset._get_cache_file_path(reference.digest_of(key))).with_suffix(".json")
+        model = self.ref_model or self.model
+
+        def compute() -> list[list[float]]:
+            logps = functools.partial(self.compute_ref_log_probs, model)
+            title = f"Computing reference log-probs of {name}"
+            return reference.reference_logps(self, model, dataset, logps, batch_size, title)
+
+        return reference.with_reference(self, dataset, path, key, compute)
 
     # --- loss -------------------------------------------------------------------------------------
 
@@ -214,7 +222,7 @@ class SoftSPPOTrainer(DPOTrainer):
             self.model, self.args.gradient_checkpointing_kwargs
         )
         with torch.no_grad(), checkpointing, adapters, self.accelerator.autocast():
-            return model(**_tensors(inputs), sppo=host.replaced(None))
+            return self._forward.loss(model, host.replaced(None), **_tensors(inputs))[1]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self._soft is None:
@@ -225,18 +233,20 @@ class SoftSPPOTrainer(DPOTrainer):
             ref = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         elif ref is None:
             raise DataError("precompute_ref_log_probs=True, but rows have no ref_logps")
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         # the reference's precision, whatever the wrappers of the model set
         with self.accelerator.autocast():
-            loss, logps, aux = model(
-                **_tensors(inputs), sppo=host.replaced(ref, router=self.aux_loss_enabled)
+            loss, logps, output = self._forward.loss(
+                model, host.replaced(ref), **_tensors(inputs), **router
             )
+        aux = output.aux_loss if self.aux_loss_enabled else None
         # TRL's sppo_hard is the sum over a pair, the released soft losses are its mean
         factor = self.loss_weights[0] * (2.0 if self._soft == "sppo_hard" else 1.0)
         loss = loss * factor
         if aux is not None:
             loss = loss + self.router_aux_loss_coef * aux
         mode = "train" if self.model.training else "eval"
-        self._soft_metrics[mode].add(logps, ref, host, aux)
+        self._stores[mode].add(logps, host, ref, aux)
         if not return_outputs:
             return loss
         with torch.no_grad():  # logits for compute_metrics, as the parent gives them
@@ -246,12 +256,14 @@ class SoftSPPOTrainer(DPOTrainer):
         """Add TRL's and SPPO's metrics to what the Trainer reports."""
         if self._soft is not None:
             mode = "train" if self.model.training else "eval"
-            found, tokens = self._soft_metrics[mode].pop(self.args.world_size)
-            if found:
-                self._total_train_tokens += tokens if mode == "train" else 0
-                found["num_tokens"] = self._total_train_tokens
-            for name, value in found.items():
-                self._metrics[mode][name] = [value]
+            found = self._stores[mode].gather(self.args.world_size)
+            if found is not None:
+                self._total_train_tokens += found.tokens if mode == "train" else 0
+                values = {
+                    "num_tokens": self._total_train_tokens,
+                    **trl_metrics(found, self.args.eta),
+                }
+                self._metrics[mode] |= {name: [value] for name, value in values.items()}
         super().log(logs, start_time)
 
 

@@ -6,19 +6,26 @@ of the function, and by who reads the names that are replaced.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, ModuleType
 from typing import Any
 
+from sppo_kernels.integrations._swap import (
+    IntegrationError,
+    parameters_of,
+    require_module,
+    version_of,
+)
+
 __all__ = ["LAYOUTS", "Found", "Layout", "UnsupportedTRLError", "detect"]
 
+TESTED = "TRL 1.16.0"
 FUNCTION, ADD_HEAD, COMPACT = "_ChunkedLogProbFunction", "add_fused_lm_head", "_use_triton"
 
 
-class UnsupportedTRLError(RuntimeError):
+class UnsupportedTRLError(IntegrationError):
     """The installed TRL is not of a layout that is known; the message says what was found."""
 
 
@@ -88,18 +95,18 @@ def detect() -> Found:
     """Look at the installed TRL.
 
     Raises:
-        ImportError: there is no TRL.
+        ImportError: there is no TRL, or a package that it needs is missing.
         UnsupportedTRLError: it is of no known layout.
     """
-    version = importlib.import_module("trl").__version__
-    utils = importlib.import_module("trl.trainer.utils")
-    where = f"trl.trainer.utils.{FUNCTION}"
+    require_module("trl", TESTED)
+    version, utils = version_of("trl"), require_module("trl.trainer.utils", TESTED)
+    where, head = (f"{utils.__name__}.{name}" for name in (FUNCTION, ADD_HEAD))
     function = getattr(utils, FUNCTION, None)
     if function is None:
         raise _unsupported(version, f"{where}, which is absent (or None, without Triton)")
     if not (hasattr(function, "apply") and hasattr(function, "forward")):
         raise _unsupported(version, f"{where}, an autograd function; it is {function!r}")
-    names = tuple(inspect.signature(function.forward).parameters)[1:]
+    names = parameters_of(function, "forward")[1:]
     names = tuple("hidden" if name == "last_hidden" else name for name in names)
     layout = next((known for known in LAYOUTS if known.parameters == names), None)
     if layout is None:
@@ -107,26 +114,21 @@ def detect() -> Found:
 
     add_head = getattr(utils, ADD_HEAD, None)
     if layout.fused_head:
-        _check_add_head(version, add_head)
+        names = parameters_of(utils, ADD_HEAD)
+        if names is None:
+            raise _unsupported(version, f"{head}, which is absent")
+        if names[:2] != ("model", "temperature"):
+            wanted = f"{head}(model, temperature, ...)"
+            raise _unsupported(version, f"{wanted}; its parameters are {names}")
+        if FUNCTION not in _global_names(add_head.__code__):
+            raise _unsupported(version, f"{head} to look up {FUNCTION} when called; it does not")
     compact = getattr(utils, COMPACT, None)
-    if compact is not None:
-        readers = sorted(_readers(utils, COMPACT))
-        if readers != [ADD_HEAD]:
-            raise _unsupported(
-                version, f"{COMPACT} to be read by {ADD_HEAD} alone in {utils.__name__}; {readers}"
-            )
+    readers = [] if compact is None else sorted(_readers(utils, COMPACT))
+    if compact is not None and readers != [ADD_HEAD]:
+        raise _unsupported(
+            version, f"{COMPACT} to be read by {ADD_HEAD} alone in {utils.__name__}; {readers}"
+        )
     return Found(version, layout, utils, function, add_head, compact)
-
-
-def _check_add_head(version: str, add_head: Any) -> None:
-    where = f"trl.trainer.utils.{ADD_HEAD}"
-    if add_head is None:
-        raise _unsupported(version, f"{where}, which is absent")
-    names = tuple(inspect.signature(add_head).parameters)
-    if names[:2] != ("model", "temperature"):
-        raise _unsupported(version, f"{where}(model, temperature, ...); its parameters are {names}")
-    if FUNCTION not in _global_names(add_head.__code__):
-        raise _unsupported(version, f"{where} to look up {FUNCTION} when called; it does not")
 
 
 def _unsupported(version: str, looked_for: str) -> UnsupportedTRLError:

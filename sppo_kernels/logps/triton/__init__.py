@@ -8,7 +8,6 @@ from sppo_kernels.logps.triton.row_logps import row_logps
 from sppo_kernels.logps.triton.row_stats import row_stats
 from sppo_kernels.logps.triton.row_stats_backward import row_stats_backward
 from sppo_kernels.logps.triton.segments import segment_expand, segment_sum
-from sppo_kernels.logps.triton.sppo import sppo_from_logits
 from sppo_kernels.logps.triton.token_logps import token_logps
 from sppo_kernels.logps.triton.token_logps_backward import token_logps_backward
 
@@ -18,7 +17,6 @@ __all__ = [
     "row_stats_backward",
     "segment_expand",
     "segment_sum",
-    "sppo_from_logits",
     "token_logps",
     "token_logps_backward",
 ]

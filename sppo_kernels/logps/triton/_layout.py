@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,51 @@ def has_edges(rows: Rows, n_cols: int, vec: int) -> bool:
 def slices(n_cols: int, block: int, vec: int, edges: bool) -> int:
     """Programs that cover a row, wherever in its first vector it starts."""
     return -(-(n_cols + (vec - 1 if edges else 0)) // block)
+
+
+def programs(name: str, n_rows: int, n_cols: int, shared: dict[str, Any]) -> int:
+    """Programs a row of a (row x slice) grid, for the BLOCK, VEC and EDGES of a launch.
+
+    Raises:
+        ValueError: the grid has more programs than CUDA launches; `name` is whose rows they are.
+    """
+    found = slices(n_cols, shared["BLOCK"], shared["VEC"], shared["EDGES"])
+    if n_rows * found >= 2**31:
+        raise ValueError(f"{name}: at most 2^31 programs are launched, got {n_rows * found}")
+    return found
+
+
+def head_arguments(
+    z: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    block: config.Block,
+) -> dict[str, Any]:
+    """What every kernel takes that sweeps rows of raw products z [C, V] under a head."""
+    rows, vec, cap = rows_of(z.unsqueeze(0)), vector_of(z), 1.0 if softcap is None else softcap
+    return {
+        "z": rows.origin,
+        "labels": labels,
+        "bias": z if bias is None else bias.contiguous(),
+        "base": rows.base,
+        "stride": rows.stride_t,
+        "label_stride": labels.stride(0),
+        "n_cols": z.shape[1],
+        "ignore_index": ignore_index,
+        "scale": float(logit_scale),
+        "cap": float(cap),
+        "inv_cap": 1.0 / float(cap),
+        "BLOCK": block.size,
+        "VEC": vec,
+        "EDGES": has_edges(rows, z.shape[1], vec),
+        "BIAS": bias is not None,
+        "SCALE": logit_scale != 1.0,
+        "CAP": softcap is not None,
+        "num_warps": block.num_warps,
+    }
 
 
 def vector_of(x: Tensor) -> int:

@@ -129,3 +129,23 @@ def transform(
         u = cap * t
         slope *= dt
     return u, slope
+
+
+@triton.jit
+def logits(
+    z,
+    bias,
+    pos,
+    mask,
+    scale,
+    cap,
+    inv_cap,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Logits of a tile and du/dz; `pos` are columns, `mask` those inside the row."""
+    bias_tile = 0.0
+    if BIAS:
+        bias_tile = tl.load(bias + pos, mask=mask, other=0.0)
+    return transform(z, bias_tile, scale, cap, inv_cap, BIAS, SCALE, CAP)

@@ -1,4 +1,12 @@
-"""Log-probabilities from a chunk of raw GEMM output, which its own gradient may overwrite."""
+"""Log-probabilities from a chunk of raw GEMM output, which its own gradient may overwrite.
+
+    log p = u_y - log sum exp(u),   u = softcap(scale (z + bias));   dz = (softmax(u) - 1_y) du/dz
+
+Bytes: z read once, and again from L2 with the gradient, which is written once. Flops: an exp
+an element in each sweep, two more and a reciprocal with softcap. Numerics: float32 from the same
+rounded z in both sweeps; the label's entry is expm1(log p); no atomics, the same bits with the
+gradient and without. Tests: tests/logps/test_triton_row.py.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from sppo_kernels.logps.triton import config
-from sppo_kernels.logps.triton._layout import has_edges, on_device, rows_of, vector_of
+from sppo_kernels.logps.triton._layout import head_arguments, on_device
 from sppo_kernels.logps.triton._tile import (
     edge_positions,
     exp,
     expm1,
     finite_max,
     load_tile,
+    logits,
     positions,
     row_start,
     store_tile,
-    transform,
     whole_groups,
 )
 
 _RUNTIME = ["base", "stride", "label_stride", "n_cols", "ignore_index", "scale", "cap", "inv_cap"]
-
-
-@triton.jit
-def _logits(
-    z,
-    bias,
-    pos,
-    mask,
-    scale,
-    cap,
-    inv_cap,
-    BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    CAP: tl.constexpr,
-):
-    """Logits of a tile and du/dz; `pos` are columns, `mask` those inside the row."""
-    bias_tile = 0.0
-    if BIAS:
-        bias_tile = tl.load(bias + pos, mask=mask, other=0.0)
-    return transform(z, bias_tile, scale, cap, inv_cap, BIAS, SCALE, CAP)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -51,7 +39,6 @@ def row_kernel(
     labels,
     bias,
     logp,  # [C]
-    lse,  # [C]
     base,
     stride,
     label_stride,
@@ -79,7 +66,6 @@ def row_kernel(
     y = tl.load(labels + row * label_stride).to(tl.int64)
     if y == ignore_index:
         tl.store(logp + row, 0.0)
-        tl.store(lse + row, 0.0)
         if WRITE_GRAD:
             zero = tl.zeros((GROUPS, VEC), tl.float32)
             for group in range(0, n_groups, GROUPS):
@@ -91,7 +77,7 @@ def row_kernel(
         known = (y >= 0) & (y < n_cols)
         # Read before the reduction below, whose barrier comes before any store to the row.
         z_y = tl.load(z + lo + y, mask=known, other=float("nan"))
-        u_y, slope_y = _logits(z_y, bias, y, known, scale, cap, inv_cap, BIAS, SCALE, CAP)
+        u_y, slope_y = logits(z_y, bias, y, known, scale, cap, inv_cap, BIAS, SCALE, CAP)
 
         # An accumulator for each group of a tile: no communication between threads in the loop.
         m = tl.full((GROUPS,), float("-inf"), tl.float32)
@@ -102,7 +88,7 @@ def row_kernel(
             ahead = load_tile(z, group + GROUPS, lo, hi, GROUPS, VEC)
             pos = positions(group, GROUPS, VEC) - lo
             mask = whole_groups(group, lo, hi, GROUPS, VEC)
-            u, _ = _logits(tile, bias, pos, mask, scale, cap, inv_cap, BIAS, SCALE, CAP)
+            u, _ = logits(tile, bias, pos, mask, scale, cap, inv_cap, BIAS, SCALE, CAP)
             m_tile = tl.max(u, axis=1)
             if SCALE or CAP:  # neither keeps -inf outside the row
                 inside = tl.reshape(mask, (GROUPS,))
@@ -118,7 +104,7 @@ def row_kernel(
         if EDGES:
             edge, edge_mask = edge_positions(lo, hi, VEC)
             z_edge = tl.load(z + edge, mask=edge_mask, other=float("-inf"))
-            u_edge, slope_edge = _logits(
+            u_edge, slope_edge = logits(
                 z_edge, bias, edge - lo, edge_mask, scale, cap, inv_cap, BIAS, SCALE, CAP
             )
             u_edge = tl.where(edge_mask, u_edge, float("-inf"))
@@ -130,7 +116,6 @@ def row_kernel(
         log_l = tl.log(total)
         logp_y = (u_y - m_row) - log_l
         tl.store(logp + row, logp_y)
-        tl.store(lse + row, m_row + log_l)
 
         if WRITE_GRAD:
             m_row = tl.where(known, m_row, float("nan"))
@@ -146,7 +131,7 @@ def row_kernel(
                 ahead = load_tile(z, group + GROUPS, lo, hi, GROUPS, VEC)
                 pos = positions(group, GROUPS, VEC) - lo
                 mask = whole_groups(group, lo, hi, GROUPS, VEC)
-                u, slope = _logits(tile, bias, pos, mask, scale, cap, inv_cap, BIAS, SCALE, CAP)
+                u, slope = logits(tile, bias, pos, mask, scale, cap, inv_cap, BIAS, SCALE, CAP)
                 dz = exp((u - m_row) - log_l) * slope
                 at_tile = at_label - group * VEC
                 if (at_tile >= 0) & (at_tile < BLOCK):  # one tile of a row pays for the label
@@ -162,7 +147,7 @@ def row_logps(
     softcap: float | None,
     ignore_index: int,
     write_grad: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """log p of labels under the logits u = softcap(logit_scale * (z + bias)).
 
     softcap(x) is c * tanh(x / c).
@@ -177,42 +162,16 @@ def row_logps(
         write_grad: whether `z` is overwritten. The results have the same bits either way.
 
     Returns:
-        `(logp, lse)`, both [C] float32, in nats.
+        logp [C] float32, in nats.
 
     Raises:
         ValueError: the last dimension of `z` has a stride other than 1.
     """
-    n_rows, n_cols = z.shape
-    logp = torch.empty(n_rows, dtype=torch.float32, device=z.device)
-    lse = torch.empty_like(logp)
-    if n_rows == 0:
-        return logp, lse
-    rows = rows_of(z.unsqueeze(0))
-    vec = vector_of(z)
-    block = config.row_block(z.dtype, n_cols, z.device)
-    cap = 1.0 if softcap is None else float(softcap)
+    logp = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
+    if z.shape[0] == 0:
+        return logp
+    block = config.row_block(z.dtype, z.shape[1], z.device)
+    shared = head_arguments(z, labels, bias, logit_scale, softcap, ignore_index, block)
     with on_device(z):
-        row_kernel[(n_rows,)](
-            rows.origin,
-            labels,
-            z if bias is None else bias.contiguous(),
-            logp,
-            lse,
-            rows.base,
-            rows.stride_t,
-            labels.stride(0),
-            n_cols,
-            ignore_index,
-            float(logit_scale),
-            cap,
-            1.0 / cap,
-            BLOCK=block.size,
-            VEC=vec,
-            EDGES=has_edges(rows, n_cols, vec),
-            BIAS=bias is not None,
-            SCALE=logit_scale != 1.0,
-            CAP=softcap is not None,
-            WRITE_GRAD=write_grad,
-            num_warps=block.num_warps,
-        )
-    return logp, lse
+        row_kernel[(z.shape[0],)](logp=logp, WRITE_GRAD=write_grad, **shared)
+    return logp

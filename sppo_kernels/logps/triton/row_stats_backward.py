@@ -1,4 +1,10 @@
-"""Gradient of log-probabilities and entropies with respect to raw logits, in place."""
+"""Gradient of log-probabilities and entropies with respect to raw logits, in place.
+
+    dz = -[g_logp (softmax(u) - 1_y) + g_H p (log p + H)] du/dz
+
+Bytes: z read and written once. Flops: an exponential an element. Numerics: m, l and the mean depth
+of `row_stats` in float32; the label's entry by expm1. Tests: tests/logps/test_triton_stats.py.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from sppo_kernels.logps.triton import config
-from sppo_kernels.logps.triton._layout import has_edges, on_device, rows_of, slices, vector_of
+from sppo_kernels.logps.triton._layout import head_arguments, on_device, programs
 from sppo_kernels.logps.triton._tile import (
     edge_positions,
     exp,
     expm1,
     load_tile,
+    logits,
     positions,
     row_start,
     store_tile,
     whole_groups,
 )
-from sppo_kernels.logps.triton.row_logps import _logits
 
 _RUNTIME = ["base", "stride", "label_stride", "norm_stride", "n_cols", "n_slices"]
 _RUNTIME += ["ignore_index", "scale", "cap", "inv_cap"]
@@ -86,12 +92,12 @@ def stats_grad_kernel(
         pos = positions(first_group, GROUPS, VEC)
         mask = whole_groups(first_group, lo, hi, GROUPS, VEC)
         tile = load_tile(z, first_group, lo, hi, GROUPS, VEC)
-        u, slope = _logits(tile, bias, pos - lo, mask, scale, cap, inv_cap, BIAS, SCALE, CAP)
+        u, slope = logits(tile, bias, pos - lo, mask, scale, cap, inv_cap, BIAS, SCALE, CAP)
         dz = _descent(u, slope, m, inv_l, depth, g_logp, g_entropy)
         # Programs of other slices may read z_y after its owner wrote it, and do not use it; the
         # thread that stores the label's gradient has read z_y before.
         z_y = tl.load(z + lo + y, mask=known, other=0.0)
-        u_y, slope_y = _logits(z_y, bias, y, known, scale, cap, inv_cap, BIAS, SCALE, CAP)
+        u_y, slope_y = logits(z_y, bias, y, known, scale, cap, inv_cap, BIAS, SCALE, CAP)
         dz_y = -g_logp * expm1((u_y - m) - tl.log(l_sum)) * slope_y
         dz_y += _descent(u_y, slope_y, m, inv_l, depth, 0.0, g_entropy)
         at_label = (lo + y).to(tl.int32)
@@ -101,7 +107,7 @@ def stats_grad_kernel(
             pos, mask = edge_positions(lo, hi, VEC)
             mask = mask & (first_group == 0)
             z_edge = tl.load(z + pos, mask=mask, other=float("-inf"))
-            u, slope = _logits(z_edge, bias, pos - lo, mask, scale, cap, inv_cap, BIAS, SCALE, CAP)
+            u, slope = logits(z_edge, bias, pos - lo, mask, scale, cap, inv_cap, BIAS, SCALE, CAP)
             dz = _descent(u, slope, m, inv_l, depth, g_logp, g_entropy)
             dz = tl.where(pos == at_label, dz_y, dz)
             tl.store(z + pos, dz.to(z.dtype.element_ty), mask=mask)
@@ -133,37 +139,15 @@ def row_stats_backward(
     n_rows, n_cols = z.shape
     if n_rows == 0:
         return
-    rows = rows_of(z.unsqueeze(0))
-    vec = vector_of(z)
-    edges = has_edges(rows, n_cols, vec)
     block = config.backward_block(z.dtype, n_cols)
-    n_slices = slices(n_cols, block.size, vec, edges)
-    if n_rows * n_slices >= 2**31:
-        raise ValueError(f"z: at most 2^31 programs are launched, got {n_rows * n_slices}")
-    cap = 1.0 if softcap is None else float(softcap)
+    shared = head_arguments(z, labels, bias, logit_scale, softcap, ignore_index, block)
+    n_slices = programs("z", n_rows, n_cols, shared)
     with on_device(z):
         stats_grad_kernel[(n_rows * n_slices,)](
-            rows.origin,
-            labels,
-            z if bias is None else bias.contiguous(),
-            norm,
-            grad_logp,
-            grad_entropy,
-            rows.base,
-            rows.stride_t,
-            labels.stride(0),
-            norm.stride(0),
-            n_cols,
-            n_slices,
-            ignore_index,
-            float(logit_scale),
-            cap,
-            1.0 / cap,
-            BLOCK=block.size,
-            VEC=vec,
-            EDGES=edges,
-            BIAS=bias is not None,
-            SCALE=logit_scale != 1.0,
-            CAP=softcap is not None,
-            num_warps=block.num_warps,
+            norm=norm,
+            grad_logp=grad_logp,
+            grad_entropy=grad_entropy,
+            norm_stride=norm.stride(0),
+            n_slices=n_slices,
+            **shared,
         )

@@ -99,8 +99,7 @@ def call(
             if kernel == "backward":
                 token_logps_backward(one, logits, labels, logp, norm, IGNORE, out)
                 return (out,)
-            logp_lse = row_logps(logits[0], labels[0], None, 1.0, None, IGNORE, True)
-            return (*logp_lse, logits)
+            return row_logps(logits[0], labels[0], None, 1.0, None, IGNORE, True), logits
 
     return run
 

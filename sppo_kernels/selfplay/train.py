@@ -1,29 +1,15 @@
-"""`sppo train`: train on judged responses; the model given is the policy and its reference."""
+"""Training on judged responses; the model given is the policy and its reference."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sppo_kernels.cli.options import ModelOptions, _help, load_model, needed, parse
 from sppo_kernels.optional import require
+from sppo_kernels.selfplay.options import TrainOptions
 
-require("transformers")
-from transformers import PrinterCallback  # noqa: E402
-
-from sppo_kernels.trainer import SPPOConfig, SPPOTrainer  # noqa: E402
-
-
-@dataclass
-class TrainOptions:
-    """Data and adapters."""
-
-    train_data: str = _help("Parquet or JSON lines of judged responses.", "")
-    eval_data: str = _help("The same for evaluation.", "")
-    lora_r: int = _help("Rank of LoRA adapters on all linear layers; 0 trains all weights.", 0)
-    lora_alpha: int = _help("Scale of the adapters is alpha / r.", 16)
+if TYPE_CHECKING:
+    from sppo_kernels.trainer import SPPOConfig, SPPOTrainer
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -37,6 +23,7 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 
 
 def lora_config(options: TrainOptions) -> Any:
+    """The peft configuration of the options, None when all weights train."""
     if not options.lora_r:
         return None
     return require("peft").LoraConfig(
@@ -48,9 +35,18 @@ def lora_config(options: TrainOptions) -> Any:
 
 
 def train(
-    model: Any, tokenizer: Any, rows: Any, args: SPPOConfig, peft_config: Any = None, eval_rows=None
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    args: SPPOConfig,
+    peft_config: Any = None,
+    eval_rows: Any = None,
 ) -> SPPOTrainer:
     """Train, going on from the last complete checkpoint in args.output_dir; returns the trainer."""
+    from transformers import PrinterCallback
+
+    from sppo_kernels.trainer import SPPOTrainer
+
     trainer = SPPOTrainer(
         model, args, rows, eval_rows, processing_class=tokenizer, peft_config=peft_config
     )
@@ -60,7 +56,7 @@ def train(
     return trainer
 
 
-def save(trainer: SPPOTrainer, tokenizer: Any, folder: Path) -> None:
+def save(trainer: SPPOTrainer, tokenizer: Any, folder: str | Path) -> None:
     """The trained model (adapters merged into it) and its tokenizer."""
     trainer.release()
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -69,24 +65,3 @@ def save(trainer: SPPOTrainer, tokenizer: Any, folder: Path) -> None:
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def run(argv: Sequence[str]) -> None:
-    options, model_options, args = parse(
-        (TrainOptions, ModelOptions, SPPOConfig), argv, "sppo train", __doc__
-    )
-    needed(model_options, "model")
-    needed(options, "train_data")
-    model, tokenizer = load_model(model_options)
-    trainer = train(
-        model,
-        tokenizer,
-        options.train_data,
-        args,
-        lora_config(options),
-        options.eval_data or None,
-    )
-    if trainer.eval_dataset is not None:
-        print(trainer.evaluate())
-    save(trainer, tokenizer, Path(args.output_dir))
-    print(f"{args.output_dir}: trained for {trainer.state.global_step} steps")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ def derive_seed(*parts: Any) -> int:
 
 
 def in_parts(
-    items: list[Any],
+    items: Sequence[Any],
     size: int,
-    path: Path,
-    work: Callable[[list[Any], int], list[dict[str, Any]]],
+    path: str | Path,
+    work: Callable[[Sequence[Any], int], list[dict[str, Any]]],
     title: str,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
@@ -32,26 +32,21 @@ def in_parts(
     Finished parts lie beside `path` until all are; a later call goes on after them. When `path` is
     there, its rows are returned and nothing is done.
     """
+    path = Path(path)
     if path.exists():
         return read_parquet(path)
     from tqdm import tqdm
 
     folder = path.with_name(path.stem + ".parts")
-    starts = range(0, len(items), size)
-    bar = tqdm(total=len(items), desc=title, disable=quiet)
     rows: list[dict[str, Any]] = []
-    for part, start in enumerate(starts):
-        file = folder / f"{part:06d}.parquet"
-        chunk = items[start : start + size]
-        if file.exists():
-            done = read_parquet(file)
-        else:
-            done = work(chunk, part)
-            write_parquet(done, file)
-            done = read_parquet(file)  # as a resumed run would see them
-        rows += done
-        bar.update(len(chunk))
-    bar.close()
+    with tqdm(total=len(items), desc=title, disable=quiet) as bar:
+        for part, start in enumerate(range(0, len(items), size)):
+            file = folder / f"{part:06d}.parquet"
+            chunk = items[start : start + size]
+            if not file.exists():
+                write_parquet(work(chunk, part), file)
+            rows += read_parquet(file)  # new ones too, as a resumed run would see them
+            bar.update(len(chunk))
     write_parquet(rows, path)
     shutil.rmtree(folder, ignore_errors=True)
     return rows
