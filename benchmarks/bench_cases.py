@@ -9,15 +9,15 @@ Every case is gated against float64 on all its rows before it is timed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from benchmarks import core
 from benchmarks import providers as p
-from benchmarks.inputs import Case
-from benchmarks.rows import Refused
+from benchmarks.harness import Refused
+from benchmarks.inputs import Case, clear, prepare
 
 FULL = os.environ.get("SPPO_KERNELS_BENCH") == "full"
 CUDA = torch.cuda.is_available()
@@ -28,7 +28,7 @@ _batches: dict[tuple, core.Batch] = {}
 
 
 def cases(*groups: str) -> Iterator:
-    """(group, provider, inputs, dtype): every provider once, ours on every kind of input."""
+    """(group, provider, case, dtype): every provider once, ours on every kind of input."""
     for group in groups:
         for q in p.of_group(group):
             for kind, prompt in (("zipf", 0.25), ("zipf", 0.0), ("flat", 0.25)):
@@ -38,25 +38,33 @@ def cases(*groups: str) -> Iterator:
                     continue  # compiling takes longer than all the rest
                 for dtype in DTYPES if ours and first else DTYPES[:1]:
                     name = f"{group}-{q.name}-{kind}-{prompt:g}-{dtype}".replace(" ", "_")
-                    yield pytest.param(group, q, kind, prompt, dtype, id=name)
+                    yield pytest.param(group, q, Case(*SHAPE, kind, prompt), dtype, id=name)
 
 
-def run(benchmark, group: str, q: p.Provider, kind: str, prompt: float, dtype: str) -> None:
-    """Gate a provider, then time it with pytest-benchmark."""
-    case = Case(*SHAPE, kind, prompt)
+def bench(*groups: str) -> Callable:
+    """The test of some groups: every provider gated, then timed with pytest-benchmark."""
+    pytest.importorskip("pytest_benchmark")
+
+    @pytest.mark.parametrize("group, q, case, dtype", [*cases(*groups)])
+    def test(benchmark, group, q, case, dtype):
+        run(benchmark, group, q, case, dtype)
+
+    return test
+
+
+def run(benchmark, group: str, q: p.Provider, case: Case, dtype: str) -> None:
     reason = q.why_not(case, getattr(torch, dtype), DEVICE)
     if reason is not None:
         pytest.skip(f"{q.name}: {reason}")
-    linear = "logits" if group in p.LOGITS else "linear"
-    key = (linear, case, dtype)
+    key = (core.kind_of(group), case, dtype)
     if key not in _batches:
         _batches.clear()  # one batch at a time
-        _batches[key] = core.Batch(linear, case, getattr(torch, dtype), DEVICE)
+        _batches[key] = core.Batch(group, case, getattr(torch, dtype), DEVICE)
     batch = _batches[key]
-    inputs = p.prepare(group, batch.inputs)
-    step = core.step(q.name, q.loss, inputs, group)
+    inputs = prepare(group, batch.inputs)
+    step = core.step(q, inputs, group)
     try:
-        error = core.passes(step, inputs, batch.truth, q.task)
+        error = batch.gate(q, step, group)
     except Refused as refusal:
         pytest.fail(f"{q.name}: {refusal}")
 
@@ -66,9 +74,9 @@ def run(benchmark, group: str, q: p.Provider, kind: str, prompt: float, dtype: s
             torch.cuda.synchronize()
 
     flops, moved = p.counted(group, inputs)
-    benchmark.group = f"{group} {case.title(group)} {dtype} {kind} {prompt:g}"
+    benchmark.group = f"{group} {case.title(group)} {dtype} {case.inputs} {case.prompt:g}"
     benchmark.extra_info.update(
         provider=q.name, inputs=batch.what, error=error, flops=flops, bytes=moved
     )
-    benchmark.pedantic(call, setup=getattr(step, "setup", lambda: None), rounds=5, warmup_rounds=1)
-    p.clear(inputs)
+    benchmark.pedantic(call, setup=step.setup, rounds=5, warmup_rounds=1)
+    clear(inputs)

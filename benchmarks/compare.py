@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.render import table
 from benchmarks.rows import Row, ceiling_of, read_json
 
 FLOOR = 0.05
@@ -117,12 +119,6 @@ def cells(change: Change) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def markdown(changes: Sequence[Change]) -> str:
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
-    lines += ["| " + " | ".join(cells(c)) + " |" for c in changes]
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks compare", description=__doc__,
@@ -134,14 +130,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--absolute", action="store_true", help="seconds, not shares of a ceiling")
     parser.add_argument("--all", action="store_true", help="show the rows that agree, too")
     args = parser.parse_args(argv)
-    a, b = (read_json(f / "results.json" if f.is_dir() else f)[0] for f in (args.a, args.b))
+    a, b = (read_json(file)[0] for file in (args.a, args.b))
     changes = compare(a, b, floor=args.floor, absolute=args.absolute)
     shown = [c for c in changes if args.all or c.verdict not in ("agrees", "measure")]
     if shown:
-        print(markdown(shown))
-    counts = {v: sum(c.verdict == v for c in changes) for v in dict.fromkeys(
-        c.verdict for c in changes
-    )}  # fmt: skip
+        print(table(HEADER, map(cells, shown)))
+    counts = Counter(c.verdict for c in changes)
     print(", ".join(f"{n} {v}" for v, n in counts.items()) or "nothing to compare")
     return int(any(c.bad for c in changes))
 

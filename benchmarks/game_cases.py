@@ -1,23 +1,88 @@
-"""The cases of preference games: each checks the results of all providers, then times them."""
+"""The cases of preference games: what is computed, by whom, and how a result is checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.game_timing import NATIVE, missing, rows_of, within
+from benchmarks.harness import CPU, Call, interleaved, missing, passed, thread_timer, within
 from benchmarks.rows import OURS, Row
 from sppo_kernels.games.comparisons import aggregate
 from sppo_kernels.games.solvers import bradley_terry, nash, tournament
-from sppo_kernels.games.targets import sppo_targets, symmetrize
+from sppo_kernels.games.targets import sppo_targets, symmetrize, win_rates
+
+NATIVE, REFERENCE = f"{OURS} native", f"{OURS} reference"
+
+
+@dataclass
+class GameCase:
+    """Providers of one computation on the same games.
+
+    Args:
+        check: of a provider's name and result, the error, or Refused.
+        games: how many a call plays; `sampled` gives the number of those who play fewer.
+        peers: packages of other providers; those not installed become rows that say so.
+    """
+
+    name: str
+    inputs: str
+    games: int
+    calls: dict[str, Callable[[], Any]]
+    check: Callable[[str, Any], float | None]
+    sampled: dict[str, int] = field(default_factory=dict)
+    peers: Sequence[str] = ()
+    dtype: str = "float64"
+    per: str = "game"
+
+    def measure(
+        self,
+        turns: int,
+        device: torch.device = CPU,
+        memory: Callable[[Call], int | None] = lambda call: None,
+    ) -> list[Row]:
+        """Check every provider, then time them in turn, seconds divided by the games of a call."""
+        rows = {
+            name: Row("games", self.name, self.dtype, name, inputs=self.inputs, per=self.per)
+            for name in (*self.calls, *self.peers)
+        }
+        for name in self.peers:
+            if why := missing(name):
+                rows[name].note = f"cannot run: {why}"
+                self.calls.pop(name, None)
+        ready = {
+            name: call
+            for name, call in self.calls.items()
+            if passed(rows[name], lambda name=name, call=call: self.check(name, call()))
+        }
+        found = interleaved(ready, turns, device, warmups=1, timer=thread_timer())
+        for name, times in found.items():
+            row, games = rows[name], self.sampled.get(name, self.games)
+            row.times = [t / games for t in times]
+            row.extra_peak = memory(ready[name])
+            row.note = "" if games == self.games else f"timed on {games} of them"
+        return list(rows.values())
+
+
+def times_faster(rows: list[Row], provider: str) -> float:
+    """How many times as long as ours a provider's best game takes."""
+    best = {r.provider: r.best for r in rows}
+    return best[provider] / best[NATIVE]
 
 
 def random_tables(games: int, k: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return 2 * torch.randn(games, k, k, generator=generator)
+
+
+def probabilities(games: int, k: int, device: torch.device = CPU) -> Tensor:
+    """[games, K, K] in float64 with P_ij + P_ji = 1."""
+    return symmetrize(random_tables(games, k, k).double()).to(device)
 
 
 def described(games: int, k: int) -> str:
@@ -34,26 +99,37 @@ def eager_targets(x: Tensor, eta: float) -> tuple[Tensor, ...]:
     return win, eta * (win - 0.5), best, worst, prob
 
 
-def measure_targets(games: int, k: int, turns: int = 15) -> list[Row]:
+def targets_case(games: int, k: int) -> GameCase:
     """Symmetrise, win rates, best and worst, targets, in one pass; float32."""
     x = random_tables(games, k, k)
-    truth = eager_targets(x.double(), 1000.0)
-    providers = {
-        NATIVE: lambda: sppo_targets(x, logits=True, impl="native"),
-        f"{OURS} reference": lambda: sppo_targets(x, logits=True, impl="reference"),
-        "lean eager": lambda: eager_targets(x, 1000.0),
+    rates, _, *picks, _ = eager_targets(x.double(), 1000.0)
+
+    def check(name: str, found: tuple[Tensor, ...]) -> float:
+        win, _, *picked, _ = found
+        for got, want in zip(picked, picks, strict=True):  # equal but for near ties
+            within(float((got != want).double().mean()), 1e-3, "picks: ")
+        return within(float((win - rates).abs().max()), 1e-5)
+
+    calls = {
+        f"{OURS} {impl}": partial(sppo_targets, x, logits=True, impl=impl)
+        for impl in ("native", "reference")
     }
-    errors = {}
-    for name, call in providers.items():
-        win, _, best, worst, _ = call()
-        errors[name] = within(name, float((win - truth[0]).abs().max()), 1e-5)
-        for got, want in ((best, truth[2]), (worst, truth[3])):  # equal but for near ties
-            within(f"{name}, picks", float((got != want).double().mean()), 1e-3)
-    calls = {name: (call, games) for name, call in providers.items()}
-    return rows_of(
-        f"fused path K={k}", calls, turns, dtype="float32", errors=errors, per="prompt",
-        inputs=described(games, k),
-    )  # fmt: skip
+    calls["lean eager"] = partial(eager_targets, x, 1000.0)
+    return GameCase(
+        f"fused path K={k}", described(games, k), games, calls, check, dtype="float32", per="prompt"
+    )
+
+
+def win_rates_case(games: int, k: int, device: torch.device = CPU) -> GameCase:
+    """Mean over opponents of the probability to win."""
+    p = probabilities(games, k, device)
+
+    def check(name: str, found: Tensor) -> float:
+        others = p * (1 - torch.eye(k, dtype=p.dtype, device=device))
+        return within(float((found - others.sum(-1) / (k - 1)).abs().max()), 1e-10)
+
+    calls = {NATIVE: partial(win_rates, p, impl="native")}
+    return GameCase(f"win_rates K={k}", described(games, k), games, calls, check)
 
 
 def exploitability(payoff: Tensor, strategy: Tensor) -> float:
@@ -74,72 +150,93 @@ def scipy_nash(payoff: np.ndarray) -> np.ndarray:
     return found.x[:k]
 
 
-def measure_nash(games: int, k: int, turns: int = 9) -> list[Row]:
-    """Exact equilibria; the error is the largest exploitability."""
-    p = symmetrize(random_tables(games, k, k).double())
+def nash_case(
+    games: int, k: int, device: torch.device = CPU, *, peers: bool = True,
+    methods: Sequence[str] = (),
+) -> GameCase:  # fmt: skip
+    """Exact equilibria; the error is the largest exploitability.
+
+    Args:
+        methods: ours by each of them, which shows what the limit of the simplex method rests on.
+    """
+    p = probabilities(games, k, device)
     payoff = p - p.mT
-    tables = [g.numpy() for g in payoff[:20]]
-    solvers: dict[str, Callable[[], list[np.ndarray]]] = {}
-    absent = missing("nashpy", "scipy")
-    if "nashpy" not in absent:
+    tables = [g.numpy() for g in payoff[:20]] if peers else []
+
+    @cache
+    def nashpy_games() -> list:
         import nashpy
 
-        sample = [nashpy.Game(t / 2) for t in tables]
-        solvers["nashpy"] = lambda: [g.linear_program()[0] for g in sample]
-    if "scipy" not in absent:
-        solvers["scipy linprog"] = lambda: [scipy_nash(t) for t in tables]
-    found = nash(p, impl="native").strategy
-    errors = {NATIVE: within(NATIVE, exploitability(payoff, found), 1e-10)}
-    for name, call in solvers.items():
-        strategy = torch.from_numpy(np.stack(call()))
-        errors[name] = within(name, exploitability(payoff[: len(tables)], strategy), 1e-6)
-    calls = {NATIVE: (lambda: nash(p, impl="native"), games)}
-    calls |= {name: (call, len(tables)) for name, call in solvers.items()}
-    return rows_of(
-        f"nash K={k}", calls, turns, errors=errors, absent=absent, inputs=described(games, k)
-    )
+        return [nashpy.Game(t / 2) for t in tables]
+
+    def check(name: str, found: Any) -> float:
+        exact = name.startswith(NATIVE)
+        strategy = found.strategy if exact else torch.from_numpy(np.stack(found))
+        error = exploitability(payoff[: len(strategy)], strategy)
+        error = max(error, float((strategy.sum(-1) - 1).abs().max()))
+        if "mirror" in name:  # says how exact it is, and is taken as it comes
+            return error
+        return within(error, 1e-10 if exact else 1e-6)
+
+    if methods:
+        calls = {f"{NATIVE}, {m}": partial(nash, p, method=m, impl="native") for m in methods}
+    else:
+        calls = {NATIVE: partial(nash, p, impl="native")}
+    sampled = dict.fromkeys(("nashpy", "scipy linprog") if peers else (), len(tables))
+    if peers:
+        calls["nashpy"] = lambda: [g.linear_program()[0] for g in nashpy_games()]
+        calls["scipy linprog"] = lambda: [scipy_nash(t) for t in tables]
+    return GameCase(
+        f"nash K={k}", described(games, k), games, calls, check, sampled,
+        ("nashpy",) if peers else (),
+    )  # fmt: skip
 
 
-def measure_bradley_terry(games: int, k: int, turns: int = 7) -> list[Row]:
+def bradley_terry_case(games: int, k: int) -> GameCase:
     """Maximum-likelihood strengths; the error is against the most exact of the peers."""
-    p = symmetrize(random_tables(games, k, k).double())
-    absent = missing("evalica", "choix")
-    calls: dict[str, tuple[Callable[[], object], int]] = {
-        NATIVE: (lambda: bradley_terry(p, impl="native"), games)
-    }
-    ours, errors = bradley_terry(p, impl="native").strength[0].numpy(), {}
-    if "evalica" not in absent:
+    p = probabilities(games, k)
+    off = (~torch.eye(k, dtype=torch.bool)).nonzero()
+    xs, ys = off[:, 0].tolist(), off[:, 1].tolist()
+    weights = [game[off[:, 0], off[:, 1]].tolist() for game in p[:50]]
+    wins = [(g - torch.diag(torch.diagonal(g))).numpy() for g in p[:20]]
+
+    @cache
+    def evalica_index() -> Any:
         import evalica
 
-        off = (~torch.eye(k, dtype=torch.bool)).nonzero()
-        xs, ys = off[:, 0].tolist(), off[:, 1].tolist()
-        wins = [evalica.Winner.X] * len(xs)
-        index = evalica.indexing(xs, ys)[2]
-        weights = [game[off[:, 0], off[:, 1]].tolist() for game in p[:50]]
+        return evalica.indexing(xs, ys)[2], [evalica.Winner.X] * len(xs)
 
-        def evalica_all(**options):
-            return [
-                evalica.bradley_terry(xs, ys, wins, index=index, weights=w, **options)
-                for w in weights
-            ]
+    def evalica_all(tables=weights, **options):
+        import evalica
 
-        exact = evalica_all(tolerance=1e-14, limit=10**6)[0].scores.sort_index().to_numpy()
-        errors[NATIVE] = within(NATIVE, _apart(ours, np.log(exact)), 1e-8)
-        calls["evalica"] = (evalica_all, len(weights))
-    if "choix" not in absent:
+        index, won = evalica_index()
+        return [
+            evalica.bradley_terry(xs, ys, won, index=index, weights=w, **options) for w in tables
+        ]
+
+    def choix_all(tables=wins, **options):
         import choix
 
-        wins_of = [(g - torch.diag(torch.diagonal(g))).numpy() for g in p[:20]]
-        theirs = choix.ilsr_pairwise_dense(wins_of[0], tol=1e-12)
-        error = within(NATIVE, _apart(ours, theirs), 1e-8)
-        errors[NATIVE] = max(errors.get(NATIVE, 0.0), error)
-        calls["choix"] = (
-            lambda: [choix.ilsr_pairwise_dense(w) for w in wins_of],
-            len(wins_of),
-        )
-    return rows_of(
-        f"bradley_terry K={k}", calls, turns, errors=errors, absent=absent,
-        inputs=described(games, k),
+        return [choix.ilsr_pairwise_dense(w, **options) for w in tables]
+
+    def check(name: str, found: Any) -> float | None:
+        if name != NATIVE:
+            return None
+        ours, errors = found.strength[0].numpy(), []
+        if not missing("evalica"):
+            exact = evalica_all(weights[:1], tolerance=1e-14, limit=10**6)[0]
+            errors.append(_apart(ours, np.log(exact.scores.sort_index().to_numpy())))
+        if not missing("choix"):
+            errors.append(_apart(ours, choix_all(wins[:1], tol=1e-12)[0]))
+        return max((within(e, 1e-8) for e in errors), default=None)
+
+    calls = {
+        NATIVE: partial(bradley_terry, p, impl="native"), "evalica": evalica_all,
+        "choix": choix_all,
+    }  # fmt: skip
+    return GameCase(
+        f"bradley_terry K={k}", described(games, k), games, calls, check,
+        {"evalica": len(weights), "choix": len(wins)}, ("evalica", "choix"),
     )  # fmt: skip
 
 
@@ -148,93 +245,75 @@ def _apart(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs((a - a.mean()) - (b - b.mean())).max())
 
 
-def random_comparisons(games: int, k: int, each: int) -> tuple[Tensor, ...]:
+def evalica_win_rates(i: Tensor, j: Tensor, outcome: Tensor) -> Any:
+    """A call that gives evalica's win rates of one game's comparisons."""
+    import evalica
+
+    words = {1.0: evalica.Winner.X, 0.0: evalica.Winner.Y, 0.5: evalica.Winner.Draw}
+    table = i.tolist(), j.tolist(), [words[o] for o in outcome.tolist()]
+    return lambda: evalica.average_win_rate(*table).scores.sort_index()
+
+
+def aggregate_case(games: int, k: int, each: int, peers: bool = True) -> GameCase:
+    """Win rates from single comparisons; the error is against evalica's average_win_rate."""
     generator = torch.Generator().manual_seed(each)
     n = games * each
     i = torch.randint(0, k, (n,), generator=generator)
     j = (i + torch.randint(1, k, (n,), generator=generator)) % k
     outcome = torch.randint(0, 3, (n,), generator=generator).double() / 2
     game = torch.arange(games).repeat_interleave(each)  # a table in the order of its prompts
-    return i, j, outcome, game
+    sampled = min(50, games)
+    theirs = []
+    if peers and not missing("evalica"):
+        parts = [slice(g * each, (g + 1) * each) for g in range(sampled)]
+        theirs = [evalica_win_rates(i[part], j[part], outcome[part]) for part in parts]
 
+    def check(name: str, found: Any) -> float | None:
+        if name != NATIVE:
+            return None
+        within(abs(float(found.count.sum()) - 2 * n), 0.0, "counts: ")
+        apart = [
+            float(np.abs(found.win_rate[g][list(r.index)].numpy() - r.to_numpy()).max())
+            for g, r in enumerate(call() for call in theirs)
+        ]
+        return within(max(apart), 1e-12) if apart else None
 
-def measure_aggregate(games: int, k: int, each: int, turns: int = 7) -> list[Row]:
-    """Win rates from single comparisons; the error is against evalica's average_win_rate."""
-    i, j, outcome, game = random_comparisons(games, k, each)
-
-    def ours():
-        return aggregate(i, j, outcome, game=game, num_games=games, size=k, impl="native")
-
-    calls, errors = {NATIVE: (ours, games)}, {}
-    absent = missing("evalica")
-    if not absent:
-        import evalica
-
-        words = {1.0: evalica.Winner.X, 0.0: evalica.Winner.Y, 0.5: evalica.Winner.Draw}
-        tables = []
-        for g in range(50):
-            part = slice(g * each, (g + 1) * each)
-            wins = [words[o] for o in outcome[part].tolist()]
-            tables.append((i[part].tolist(), j[part].tolist(), wins))
-
-        def theirs():
-            return [evalica.average_win_rate(*table) for table in tables]
-
-        rates = ours().win_rate
-        apart = max(
-            float(np.abs(rates[g][list(r.scores.index)].numpy() - r.scores.to_numpy()).max())
-            for g, r in enumerate(theirs())
-        )
-        errors[NATIVE] = within(NATIVE, apart, 1e-12)
-        calls["evalica"] = (theirs, len(tables))
-    return rows_of(
-        f"aggregate K={k}, {each} comparisons", calls, turns, errors=errors, absent=absent,
-        inputs=f"{games} games of {k} with {each} random comparisons each",
+    calls = {
+        NATIVE: partial(aggregate, i, j, outcome, game=game, num_games=games, size=k, impl="native")
+    }
+    if peers:
+        calls["evalica"] = lambda: [call() for call in theirs]
+    return GameCase(
+        f"aggregate K={k}, {each} comparisons",
+        f"{games} games of {k} with {each} random comparisons each", games, calls, check,
+        {"evalica": sampled}, ("evalica",) if peers else (),
     )  # fmt: skip
 
 
-def measure_linearity(k: int = 16, turns: int = 7, games: int = 2000) -> list[Row]:
+def linearity_cases(k: int = 16, games: int = 2000) -> list[GameCase]:
     """Aggregation of N, 2N, 4N, 8N comparisons, seconds a comparison: linear when they agree."""
-    rows = []
+    found = []
     for each in (250, 500, 1000, 2000):
-        i, j, outcome, game = random_comparisons(games, k, each)
-
-        def call(i=i, j=j, outcome=outcome, game=game):
-            return aggregate(i, j, outcome, game=game, num_games=games, size=k, impl="native")
-
-        within("counts", abs(float(call().count.sum()) - 2 * games * each), 0.0)
-        rows += rows_of(
-            f"aggregate K={k}, {each} comparisons, each", {NATIVE: (call, games * each)}, turns,
-            inputs=f"{games} games of {k} with {each} random comparisons each", per="comparison",
-        )  # fmt: skip
-    return rows
+        case = aggregate_case(games, k, each, peers=False)
+        case.name += ", each"
+        case.games, case.per = games * each, "comparison"
+        found.append(case)
+    return found
 
 
-def measure_tournament(games: int, k: int, turns: int = 5) -> list[Row]:
+def tournament_case(games: int, k: int) -> GameCase:
     """Condorcet winner, Smith set, cycles; eager torch is the reference implementation."""
-    p = symmetrize(random_tables(games, k, k).double())
+    p = probabilities(games, k)
     few = p[: max(10, games // 100)]
-    ours, truth = tournament(few, impl="native"), tournament(few, impl="reference")
-    wrong = float((ours.smith != truth.smith).double().mean())
-    calls = {
-        NATIVE: (lambda: tournament(p, impl="native"), games),
-        f"{OURS} reference": (lambda: tournament(few, impl="reference"), len(few)),
-    }
-    return rows_of(
-        f"tournament K={k}", calls, turns, errors={NATIVE: within(NATIVE, wrong, 0.0)},
-        inputs=described(games, k),
-    )  # fmt: skip
+    truth = tournament(few, impl="reference").smith
 
+    def check(name: str, found: Any) -> float:
+        return within(float((found.smith[: len(few)] != truth).double().mean()), 0.0)
 
-def measure_large_nash(k: int = 128, turns: int = 3) -> list[Row]:
-    """What the limit of the simplex method is chosen by: exactness and time at large K."""
-    p = symmetrize(random_tables(4, k, k).double())
-    methods = {f"{NATIVE}, {m}": m for m in ("simplex", "mirror")}
-    errors = {
-        name: float(nash(p, method=m, impl="native").residual.max()) for name, m in methods.items()
-    }
-    within("simplex", errors[f"{NATIVE}, simplex"], 1e-10)
     calls = {
-        name: ((lambda m=m: nash(p, method=m, impl="native")), 4) for name, m in methods.items()
+        NATIVE: partial(tournament, p, impl="native"),
+        REFERENCE: partial(tournament, few, impl="reference"),
     }
-    return rows_of(f"nash K={k}", calls, turns, errors=errors, inputs=described(4, k))
+    return GameCase(
+        f"tournament K={k}", described(games, k), games, calls, check, {REFERENCE: len(few)}
+    )

@@ -13,57 +13,59 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from benchmarks import game_timing
-from benchmarks.game_cases import (
-    measure_aggregate,
-    measure_bradley_terry,
-    measure_large_nash,
-    measure_linearity,
-    measure_nash,
-    measure_targets,
-    measure_tournament,
-)
-from benchmarks.memory import forked
-from benchmarks.rows import Row, environment, write_json
-
-SPENT = "not measured: the time budget was spent"
+from benchmarks import game_cases as cases
+from benchmarks.game_cases import GameCase
+from benchmarks.harness import LINUX, SPENT, Call, extra_peak, forked
+from benchmarks.render import finish, outputs
+from benchmarks.rows import Row
 
 
-def plan(games: int) -> list[Callable[[], list[Row]]]:
-    """What is measured, the most important first."""
-    tenth = max(20, games // 10)
+def plan(games: int) -> list[tuple[int, Callable[[], list[GameCase]]]]:
+    """Turns and cases, the most important first."""
+    tenth, fiftieth = max(20, games // 10), max(20, games // 50)
     return [
-        lambda: measure_targets(games, 5),
-        lambda: measure_nash(games, 5),
-        lambda: measure_targets(games, 16),
-        lambda: measure_nash(tenth, 16),
-        lambda: measure_bradley_terry(games, 5),
-        lambda: measure_aggregate(games, 5, 20),
-        lambda: measure_bradley_terry(tenth, 16),
-        lambda: measure_aggregate(tenth, 16, 240),
-        lambda: measure_nash(max(20, tenth // 10), 32, 5),
-        measure_large_nash,
-        lambda: measure_tournament(tenth, 5),
-        lambda: measure_tournament(tenth, 16),
-        lambda: measure_linearity(games=max(20, games // 50)),
+        (15, lambda: [cases.targets_case(games, 5)]),
+        (9, lambda: [cases.nash_case(games, 5)]),
+        (15, lambda: [cases.targets_case(games, 16)]),
+        (9, lambda: [cases.nash_case(tenth, 16)]),
+        (7, lambda: [cases.bradley_terry_case(games, 5)]),
+        (7, lambda: [cases.aggregate_case(games, 5, 20)]),
+        (7, lambda: [cases.bradley_terry_case(tenth, 16)]),
+        (7, lambda: [cases.aggregate_case(tenth, 16, 240)]),
+        (5, lambda: [cases.nash_case(max(20, tenth // 10), 32)]),
+        (3, lambda: [cases.nash_case(4, 128, peers=False, methods=("simplex", "mirror"))]),
+        (5, lambda: [cases.tournament_case(tenth, 5)]),
+        (5, lambda: [cases.tournament_case(tenth, 16)]),
+        (7, lambda: cases.linearity_cases(games=fiftieth)),
     ]
 
 
-def measure(games: int, seconds: float | None = None) -> list[Row]:
+def in_a_fork(call: Call) -> int | None:
+    """Extra memory of a call after a first one that loads its code, in a forked process."""
+
+    def second() -> int:
+        call()
+        return extra_peak(call)
+
+    return forked(second)
+
+
+def measure(games: int, seconds: float | None = None, memory: bool = False) -> list[Row]:
     """All rows; what the time did not suffice for becomes one row that says so."""
     end = None if seconds is None else time.monotonic() + seconds
+    remember = in_a_fork if memory else lambda call: None
     rows: list[Row] = []
     steps = plan(games)
-    for number, step in enumerate(steps):
+    for number, (turns, make) in enumerate(steps):
         if end is not None and time.monotonic() > end:
             left = f"{len(steps) - number} of {len(steps)} cases"
             rows.append(Row("games", left, "float64", "all providers", note=SPENT))
             break
-        rows += step()
+        for case in make():
+            rows += case.measure(turns, memory=remember)
     return rows
 
 
@@ -71,18 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks games", description=__doc__)
     parser.add_argument("--games", type=int, default=100_000, help="prompts a batch")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, for both sides")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    parser.add_argument("--seconds", type=float, help="time budget")
-    args = parser.parse_args(argv)
+    args = outputs(parser).parse_args(argv)
     torch.set_num_threads(args.threads)
-    if args.threads == 1 and sys.platform.startswith("linux"):  # only then fit to be forked
-        game_timing.remember = lambda call: forked(lambda: game_timing.second_call_peak(call))
-    rows = measure(args.games, args.seconds)
-    if args.json:
-        write_json(args.json, rows, environment())
-    from benchmarks.render import compact
-
-    print(compact(rows, 80))
+    # only one thread is fit to be forked
+    finish(measure(args.games, args.seconds, args.threads == 1 and LINUX), args.json, 80)
     return 0
 
 

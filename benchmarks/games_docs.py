@@ -9,12 +9,14 @@ is checked against evalica first. The plot goes to docs/games-selfplay.svg and n
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.game_cases import evalica_win_rates
+from benchmarks.llmfao import by_id
+from benchmarks.render import table
 from sppo_kernels.games.comparisons import aggregate, load_comparisons
 from sppo_kernels.games.solvers import bradley_terry, nash, tournament
 from sppo_kernels.results import Comparisons
@@ -26,52 +28,39 @@ BEGIN, END = "<!-- llmfao: begin -->", "<!-- llmfao: end -->"
 def llmfao_table(folder: Path) -> str:
     """Markdown table with one row a prompt, and one for all prompts together."""
     path = folder / "crowd-comparisons.csv"
-    names = {}
-    for line in (folder / "models.jsonl").read_text().splitlines():
-        model = json.loads(line)
-        names[str(model["id"])] = model["name"]
-    slugs = {}
-    for line in (folder / "prompts.jsonl").read_text().splitlines():
-        prompt = json.loads(line)
-        slugs[str(prompt["id"])] = prompt["slug"]
-    lines = [
-        "| prompt | models | comparisons | ties | best by win rate | its rate | in equilibrium | "
-        "exploitability | 3-cycles | Smith set | wins connect all | difference to evalica |",
-        "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
-    ]
+    names = by_id(folder / "models.jsonl", "id", "name")
+    slugs = by_id(folder / "prompts.jsonl", "id", "slug")
+    header = (
+        "prompt", "models", "comparisons", "ties", "best by win rate", "its rate",
+        "in equilibrium", "exploitability", "3-cycles", "Smith set", "wins connect all",
+        "difference to evalica",
+    )  # fmt: skip
     by_prompt, together = load_comparisons(path), load_comparisons(path, game=None)
     together = together._replace(games=["all"])
-    for table in (by_prompt, together):
-        lines += [
-            row(table, g, {**slugs, "all": "all prompts"}, names) for g in range(len(table.games))
-        ]
+    titles = {**slugs, "all": "all prompts"}
+    rows = [row(t, g, titles, names) for t in (by_prompt, together) for g in range(len(t.games))]
     ties = float((together.outcome == 0.5).float().mean())
-    lines.append("")
-    lines.append(
+    found = table(header, rows, left=("best by win rate", "wins connect all"))
+    return (
+        f"{found}\n\n"
         f"{len(by_prompt.games)} prompts, {len(together.outcome):,} comparisons, {ties:.0%} ties."
     )
-    return "\n".join(lines)
 
 
-def row(table: Comparisons, g: int, titles: dict[str, str], names: dict[str, str]) -> str:
+def row(table: Comparisons, g: int, titles: dict[str, str], names: dict[str, str]) -> list:
     """The game number g of a table, after its win rates have been compared with evalica's."""
-    import evalica
-
-    words = {1.0: evalica.Winner.X, 0.0: evalica.Winner.Y, 0.5: evalica.Winner.Draw}
     pooled, n = aggregate(table), int(table.lengths[g])
     p, lengths = pooled.P[g], table.lengths[g]
     equilibrium, majority = nash(p, lengths), tournament(p, lengths)
     strengths = bradley_terry(p, lengths, counts=pooled.counts[g])
     rows = table.game == g
     outcomes = table.outcome[rows]
-    theirs = evalica.average_win_rate(
-        table.i[rows].tolist(), table.j[rows].tolist(), [words[o] for o in outcomes.tolist()]
-    ).scores.sort_index()
+    theirs = evalica_win_rates(table.i[rows], table.j[rows], outcomes)()
     rates = pooled.win_rate[g, :n]
     difference = np.abs(rates.numpy() - theirs.to_numpy()).max()
     assert difference < 1e-12, (table.games[g], difference)
     best = int(rates.argmax())
-    cells = [
+    return [
         titles.get(table.games[g], table.games[g]),
         n,
         f"{int(rows.sum()):,}",
@@ -85,7 +74,6 @@ def row(table: Comparisons, g: int, titles: dict[str, str], names: dict[str, str
         "yes" if strengths.connected else "no",
         f"{difference:.1e}",
     ]
-    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def self_play(p: torch.Tensor, eta: float, steps: int) -> tuple[list[float], list[float], float]:

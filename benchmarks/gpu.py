@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
+from benchmarks.harness import Process
 from benchmarks.render import compact
 from benchmarks.rows import ROOT, Row, environment
 from benchmarks.suite import Job, cuda_plan, run, select
@@ -35,7 +35,7 @@ Run = Callable[[Sequence[str], float], "int | None"]
 
 def gpu_test_files() -> list[str]:
     """Test files with tests for a GPU: the others may import what a GPU machine lacks."""
-    files = sorted([*ROOT.glob("tests/test_*.py"), *ROOT.glob("benchmarks/test_bench_*.py")])
+    files = sorted([*ROOT.glob("tests/**/test_*.py"), *ROOT.glob("benchmarks/test_bench_*.py")])
     return [str(f.relative_to(ROOT)) for f in files if "mark.gpu" in f.read_text(encoding="utf-8")]
 
 
@@ -43,16 +43,8 @@ def runner(log: IO[str]) -> Run:
     """Commands with their output in `log`."""
 
     def call(command: Sequence[str], seconds: float) -> int | None:
-        log.write(f"$ {' '.join(command)}\n")
-        log.flush()
-        try:
-            return subprocess.run(
-                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=max(1.0, seconds),
-                check=False,
-            ).returncode  # fmt: skip
-        except subprocess.TimeoutExpired:
-            log.write("(time was up)\n")
-            return None
+        status, *_ = Process(*command, log=log).finish(max(1.0, seconds))
+        return status
 
     return call
 

@@ -1,8 +1,8 @@
 """Random inputs that look like life: peaked or flat logits, uneven lengths, rows that do not count.
 
-A batch has eight responses of T rows each: the prompt's (label -100), the response's, padding
-(-100). Responses have between half and all of what the prompt leaves. With a prompt share of 0
-every row counts.
+A batch has S responses of T rows each: the prompt's (label -100), the response's, padding (-100).
+Responses have between half and all of what the prompt leaves; with a prompt share of 0 every row
+counts. With a length spread, their lengths are log-normal instead and add up to N without padding.
 
 Peaked ("zipf") logits: a token's frequency falls as its rank^-1.1, which a head stores along one
 direction of its rows; context adds normal noise of deviation 1.5, and a label's logit is raised by
@@ -13,7 +13,7 @@ normal noise of deviation 0.5, with labels drawn evenly.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,11 @@ IGNORED = -100
 
 
 class Case(NamedTuple):
-    """A shape and the kind of its inputs: rows N = 8 T, hidden size D, vocabulary V."""
+    """A shape and the kind of its inputs: rows N, hidden size D, vocabulary V, responses S.
+
+    `spread` is the deviation of the logarithm of a response's length, prompt included, and N then
+    counts no padding; without it N = S T counts all rows.
+    """
 
     rows: int
     dim: int
@@ -34,19 +38,26 @@ class Case(NamedTuple):
     inputs: str = "zipf"
     prompt: float = PROMPT_SHARE
     softcap: float | None = None
+    spread: float | None = None
+    responses: int = SEQUENCES
 
     def title(self, group: str) -> str:
         name = f"N={self.rows} V={self.vocab}"
         if not group.startswith("logits"):
             name += f" D={self.dim}"
-        return name + (f" softcap={self.softcap:g}" if self.softcap else "")
+        name += f" softcap={self.softcap:g}" if self.softcap else ""
+        if self.spread is not None:
+            name += f" responses={self.responses} prompt={self.prompt:g} spread={self.spread:g}"
+        return name
 
 
 @dataclass
 class Inputs:
     """hidden [S, T, D] and weight [V, D], or logits [S, T, V]; labels [S, T]; ref, win [S].
 
-    `host_labels` are the same labels on the CPU, as a trainer has them. `what` describes the rows.
+    Packed: hidden [N, D] and labels [N], of which response s has rows bounds[s] to bounds[s + 1].
+    `host_labels` are the same labels on the CPU, as a trainer has them. `ends` [S], of cases with a
+    length spread: rows of a response before its padding. `what` describes the rows.
     """
 
     labels: Tensor
@@ -56,6 +67,8 @@ class Inputs:
     weight: Tensor | None = None
     logits: Tensor | None = None
     host_labels: Tensor | None = None
+    ends: Tensor | None = None
+    bounds: Tensor | None = None
     softcap: float | None = None
     what: str = ""
 
@@ -73,28 +86,55 @@ class Inputs:
         """Rows that have a label."""
         return int((self.host_labels != IGNORED).sum())
 
+    def packed(self) -> Inputs:
+        """The same rows without padding, the head the same leaf."""
+        real = torch.arange(self.labels.shape[1]) < self.ends[:, None]
+        there = real.to(self.labels.device)
+        return replace(
+            self,
+            labels=self.labels[there],
+            host_labels=self.host_labels[real],
+            hidden=self.hidden.detach()[there].requires_grad_(self.hidden.requires_grad),
+            bounds=torch.cat([self.ends.new_zeros(1), self.ends]).cumsum(0),
+        )
 
-def random_labels(case: Case, frequency: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Labels [S, T] on the CPU: prompt, response of a random length, padding."""
-    steps = case.rows // SEQUENCES
-    if steps < 1:
-        raise ValueError(f"rows: expected at least {SEQUENCES}, got {case.rows}")
-    start = int(case.prompt * steps)
-    room = steps - start
-    lengths = torch.full((SEQUENCES,), room)
-    if case.prompt > 0:
-        lengths = torch.randint(-(-room // 2), room + 1, (SEQUENCES,), generator=generator)
-        lengths[int(torch.randint(SEQUENCES, (), generator=generator))] = room
+
+def lengths(case: Case) -> Tensor:
+    """[S] rows of each response: quantiles of a log-normal distribution, their sum exactly N."""
+    s = case.responses
+    quantile = torch.erfinv(2 * (torch.arange(s, dtype=torch.float64) + 0.5) / s - 1) * 2**0.5
+    share = (case.spread * quantile).exp()
+    ends = (share.cumsum(0) / share.sum() * (case.rows - s)).round().long()
+    return ends.diff(prepend=ends.new_zeros(1)) + 1
+
+
+def random_labels(
+    case: Case, frequency: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Labels [S, T] on the CPU: prompt, response, padding; and where the padding begins [S]."""
+    s = case.responses
+    if case.rows < s:
+        raise ValueError(f"rows: expected at least {s} for {s} responses, got {case.rows}")
+    if case.spread is None:
+        steps = case.rows // s
+        start = torch.full((s,), int(case.prompt * steps))
+        room = steps - int(start[0])
+        ends = torch.full((s,), steps)
+        if case.prompt > 0:
+            ends = start + torch.randint(-(-room // 2), room + 1, (s,), generator=generator)
+            ends[int(torch.randint(s, (), generator=generator))] = steps
+    else:
+        ends = lengths(case)
+        start, steps = (case.prompt * ends).long().minimum(ends - 1), int(ends.max())
     if frequency is None:
-        labels = torch.randint(case.vocab, (SEQUENCES, steps), generator=generator)
+        labels = torch.randint(case.vocab, (s, steps), generator=generator)
     else:
         weights = frequency.double().exp()
-        labels = torch.multinomial(
-            weights, SEQUENCES * steps, replacement=True, generator=generator
-        ).view(SEQUENCES, steps)
+        labels = torch.multinomial(weights, s * steps, replacement=True, generator=generator)
+        labels = labels.view(s, steps)
     at = torch.arange(steps)
-    labels[(at < start) | (at >= start + lengths[:, None])] = IGNORED
-    return labels
+    labels[(at < start[:, None]) | (at >= ends[:, None])] = IGNORED
+    return labels, ends
 
 
 def token_frequencies(vocab: int, generator: torch.Generator) -> Tensor:
@@ -118,15 +158,16 @@ def make_inputs(
     host = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     frequency = token_frequencies(case.vocab, host) if case.inputs == "zipf" else None
-    labels = random_labels(case, frequency, host)
+    labels, ends = random_labels(case, frequency, host)
     counts = (labels != IGNORED).sum(-1)
     nats = 2.5 if frequency is not None else math.log(case.vocab)
-    ref = -nats * counts + counts.sqrt() * torch.randn(SEQUENCES, generator=host)
-    win = torch.rand(SEQUENCES, generator=host)
+    ref = -nats * counts + counts.sqrt() * torch.randn(case.responses, generator=host)
+    win = torch.rand(case.responses, generator=host)
     raised = 2 + 8 * torch.rand(labels.shape, generator=host)
     found = Inputs(
         labels.to(device), ref.float().to(device), win.to(device), host_labels=labels,
-        softcap=case.softcap, what=describe(case, counts),
+        ends=None if case.spread is None else ends, softcap=case.softcap,
+        what=describe(case, counts),
     )  # fmt: skip
     targets = found.labels.clamp_min(0)
     deviation = 0.5 if frequency is None else 1.5
@@ -154,7 +195,8 @@ def make_inputs(
 
 
 def describe(case: Case, counts: Tensor) -> str:
-    total, rows = int(counts.sum()), SEQUENCES * (case.rows // SEQUENCES)
+    total, rows = int(counts.sum()), case.rows
+    rows -= rows % case.responses if case.spread is None else 0
     if case.prompt == 0:
         return f"{case.inputs}, all {rows} rows count"
     return (

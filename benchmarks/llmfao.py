@@ -16,7 +16,15 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.training import common, llama
+
 HELD_OUT = 3
+
+
+def by_id(path: Path, key: str, value: str) -> dict[str, str]:
+    """One column of a JSON-lines file by another, both as text."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return {str(row[key]): str(row[value]) for row in rows}
 
 
 def load(folder: str | Path) -> list[dict]:
@@ -24,10 +32,7 @@ def load(folder: str | Path) -> list[dict]:
     from sppo_kernels.games.comparisons import aggregate, load_comparisons
 
     folder = Path(folder)
-    prompts = {}
-    for line in (folder / "prompts.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        prompts[str(row["id"])] = row["text"]
+    prompts = by_id(folder / "prompts.jsonl", "id", "text")
     texts = {}
     for line in (folder / "results.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -35,14 +40,18 @@ def load(folder: str | Path) -> list[dict]:
     table = load_comparisons(folder / "crowd-comparisons.csv")
     rates = aggregate(table).win_rate
     rows = []
-    for g, (game, names) in enumerate(zip(table.games, table.responses, strict=True)):
-        keep = [k for k, name in enumerate(names) if texts.get((str(game), str(name)))]
+    for g, (game, names) in enumerate(zip(map(str, table.games), table.responses, strict=True)):
+        kept = {
+            k: texts[game, str(name)]
+            for k, name in enumerate(names)
+            if texts.get((game, str(name)))
+        }
         rows.append(
             {
-                "id": str(game),
-                "prompt": prompts[str(game)],
-                "responses": [texts[str(game), str(names[k])] for k in keep],
-                "win_rate": [float(rates[g, k]) for k in keep],
+                "id": game,
+                "prompt": prompts[game],
+                "responses": list(kept.values()),
+                "win_rate": [float(rates[g, k]) for k in kept],
             }
         )
     return rows
@@ -78,28 +87,21 @@ def tokenizer_of(rows: list[dict], vocabulary: int = 2048):
 
 def train(rows: list[dict], held: list[dict], folder: str | Path, seconds: float, **changes):
     """Train for 30 epochs or until time is up; returns (train, held) metrics."""
-    from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     from sppo_kernels.trainer import SPPOConfig, SPPOTrainer
 
     tokenizer = tokenizer_of(rows + held)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=2048,
+
+    def fresh():
+        return llama(
+            len(tokenizer), 128, 2, intermediate_size=256, num_attention_heads=4,
             tie_word_embeddings=True,
-        )
-    )
+        )  # fmt: skip
+
+    model = fresh()
     settings = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
+        **common(str(folder)),
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
         "num_train_epochs": 30,
@@ -109,7 +111,6 @@ def train(rows: list[dict], held: list[dict], folder: str | Path, seconds: float
         "warmup_steps": 20,
         "eta": 30.0,
         "max_length": 2048,
-        "disable_tqdm": True,
     }
     pieces = in_chunks(rows)
     began = time.monotonic()
@@ -130,16 +131,11 @@ def train(rows: list[dict], held: list[dict], folder: str | Path, seconds: float
     spent = time.monotonic() - began
     on_train = trainer.evaluate()
     # For held-out prompts the reference is π_0, which training has changed: build it again.
-    torch.manual_seed(0)
-    start = LlamaForCausalLM(model.config)
+    held_settings = settings | changes | {"output_dir": str(Path(folder) / "held")}
     other = SPPOTrainer(
-        model,
-        SPPOConfig(**(settings | changes | {"output_dir": str(Path(folder) / "held")})),
-        None,
-        held,
-        processing_class=tokenizer,
-        ref_model=start,
-    )
+        model, SPPOConfig(**held_settings), None, held, processing_class=tokenizer,
+        ref_model=fresh(),
+    )  # fmt: skip
     trainer.release()
     return on_train, other.evaluate(), spent
 

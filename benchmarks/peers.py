@@ -6,14 +6,14 @@ and rows that do not count are paid for where it does not.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import sppo_kernels as sk
-from benchmarks.inputs import IGNORED, SEQUENCES, Case, Inputs
+from benchmarks.harness import missing
+from benchmarks.inputs import IGNORED, Case, Inputs
 from benchmarks.truth import ETA
 
 
@@ -21,7 +21,7 @@ def needs(package: str) -> Callable[..., str | None]:
     """The reason of a provider that needs a package and nothing else."""
 
     def reason(case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
-        return None if importlib.util.find_spec(package) else f"{package} is not installed"
+        return missing(package)
 
     return reason
 
@@ -46,7 +46,7 @@ def trl_linear(inputs: Inputs) -> Tensor:
 def liger_reason(case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
     if case.softcap:
         return "it has no softcap"
-    return needs("liger_kernel")(case, dtype, device)
+    return missing("liger_kernel")
 
 
 def liger_linear(inputs: Inputs, compiled: bool = True) -> Tensor:
@@ -89,7 +89,7 @@ def _torch(inputs: Inputs, reduction: str) -> Tensor:
 
 def torch_linear(inputs: Inputs) -> Tensor:
     """PyTorch's chunked linear cross-entropy of each row: it recomputes, four products."""
-    return _loss(-_torch(inputs, "none").float().view(SEQUENCES, -1).sum(-1), inputs)
+    return _loss(-_torch(inputs, "none").float().view(inputs.labels.shape).sum(-1), inputs)
 
 
 def torch_sum(inputs: Inputs) -> Tensor:
@@ -104,7 +104,7 @@ def quack_reason(case: Case, dtype: torch.dtype, device: torch.device) -> str | 
         return "it has no softcap"
     if case.rows % 8 or case.dim % 8 or case.vocab % 8:
         return "it needs rows, hidden size and vocabulary that are multiples of 8"
-    return needs("quack")(case, dtype, device)
+    return missing("quack")
 
 
 def quack_sum(inputs: Inputs) -> Tensor:

@@ -7,8 +7,9 @@ of the same providers. The same file gives the same bytes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.render import ours_of
@@ -70,34 +71,47 @@ def _memory(axis, rows: list[Row]) -> None:
     axis.set_xlabel("extra peak memory, MiB", fontsize=8)
 
 
-def figure(groups: list[list[Row]], draw, path: Path) -> list[Path]:
-    """Draw one panel a group and write PNG and SVG beside each other."""
+@contextlib.contextmanager
+def canvas(
+    panels: int, columns: int, size: tuple[float, Sequence[float]], path: Path, text: str = "none"
+) -> Iterator[tuple]:
+    """A figure and the axes of its panels, written as PNG and SVG when the block ends.
+
+    Args:
+        size: width of a column, and height of each line.
+        text: "none" keeps the SVG's text as text, "path" draws it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    columns = min(2, len(groups))
-    lines = -(-len(groups) // columns)
-    height = sum(
-        0.27 * max(len(g) for g in groups[i * columns : (i + 1) * columns]) + 1.3
-        for i in range(lines)
-    )
-    with matplotlib.rc_context({"svg.hashsalt": "sppo-kernels", "svg.fonttype": "none"}):
+    width, heights = size
+    with matplotlib.rc_context({"svg.hashsalt": "sppo-kernels", "svg.fonttype": text}):
         fig, axes = plt.subplots(
-            lines, columns, figsize=(6.2 * columns, height), squeeze=False, layout="constrained"
-        )
-        for axis in axes.flat[len(groups) :]:
+            len(heights), columns, figsize=(width * columns, sum(heights)), squeeze=False,
+            layout="constrained",
+        )  # fmt: skip
+        for axis in axes.flat[panels:]:
             axis.remove()
-        for axis, rows in zip(axes.flat, groups, strict=False):
+        yield fig, axes.flat[:panels]
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            fig.savefig(path.with_suffix(f".{kind}"), dpi=130, metadata=metadata)
+        plt.close(fig)
+
+
+def figure(groups: list[list[Row]], draw, path: Path) -> list[Path]:
+    """Draw one panel a group and write PNG and SVG beside each other."""
+    columns = min(2, len(groups))
+    heights = [
+        0.27 * max(len(g) for g in groups[at : at + columns]) + 1.3
+        for at in range(0, len(groups), columns)
+    ]
+    with canvas(len(groups), columns, (6.2, heights), path) as (_, axes):
+        for axis, rows in zip(axes, groups, strict=True):
             draw(axis, rows)
             axis.set_title(_title(rows[0]), fontsize=9, loc="left")
-        out = []
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            out.append(path.with_suffix(f".{kind}"))
-            fig.savefig(out[-1], dpi=130, metadata=metadata)
-        plt.close(fig)
-    return out
+    return [path.with_suffix(".png"), path.with_suffix(".svg")]
 
 
 def plot(file: Path, out: Path) -> list[Path]:
@@ -114,8 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="results file, or its folder")
     parser.add_argument("--out", type=Path, help="folder; that of the file without it")
     args = parser.parse_args(argv)
-    file = args.file / "results.json" if args.file.is_dir() else args.file
-    written = plot(file, args.out or file.parent)
+    folder = args.file if args.file.is_dir() else args.file.parent
+    written = plot(args.file, args.out or folder)
     for path in written:
         print(path)
     return 0 if written else 1

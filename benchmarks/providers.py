@@ -17,15 +17,12 @@ from torch import Tensor
 
 import sppo_kernels as sk
 from benchmarks import peers
-from benchmarks.inputs import Case, Inputs, clear, make_inputs, prepare
-from benchmarks.rows import OURS
+from benchmarks.inputs import Case, Inputs
+from benchmarks.rows import GROUPS, LOGITS, OURS
 from benchmarks.truth import ETA
 from sppo_kernels.backend import triton_interpreted, unavailable
 
-__all__ = ["Case", "Inputs", "Provider", "clear", "fast_impl", "make_inputs", "prepare", "table"]
-
-GROUPS = ("trainable", "frozen", "forward", "logits", "logits-forward")
-LINEAR, LOGITS = GROUPS[:3], GROUPS[3:]
+LINEAR = GROUPS[:3]
 Loss = Callable[[Inputs], Tensor]
 Reason = Callable[[Case, torch.dtype, torch.device], "str | None"]
 
@@ -39,8 +36,8 @@ class Provider:
     """One way to compute a loss.
 
     why_not: the reason why it cannot run a case, or None. inplace: it overwrites the logits, so it
-    is timed on a copy of its own. includes: what a reader must know that the name does not say.
-    compiles: its first call compiles.
+    is timed on a copy of its own. packs: it takes rows without padding, where a case can have them.
+    includes: what a reader must know that the name does not say. compiles: its first call compiles.
     """
 
     name: str
@@ -50,6 +47,7 @@ class Provider:
     why_not: Reason = runs
     includes: str = ""
     inplace: bool = False
+    packs: bool = False
     compiles: bool = False
 
 
@@ -59,8 +57,8 @@ def fast_impl(device: torch.device) -> str:
 
 def ours_linear(inputs: Inputs, impl: str) -> Tensor:
     return sk.fused_linear_sppo_loss(
-        inputs.hidden, inputs.weight, inputs.host_labels, inputs.ref, inputs.win, eta=ETA,
-        softcap=inputs.softcap, impl=impl,
+        inputs.hidden, inputs.weight, inputs.host_labels, inputs.ref, inputs.win,
+        cu_seqlens=inputs.bounds, eta=ETA, softcap=inputs.softcap, impl=impl,
     ).loss  # fmt: skip
 
 
@@ -85,25 +83,11 @@ def eager_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return (logp.float() * (labels >= 0)).sum(-1)
 
 
-def eager_loss(logits: Tensor, inputs: Inputs) -> Tensor:
-    return sk.sppo_loss(eager_logps(logits, inputs.labels), inputs.ref, inputs.win, eta=ETA)
-
-
-def eager_linear(inputs: Inputs) -> Tensor:
-    return eager_loss(head(inputs), inputs)
-
-
-def eager_float_linear(inputs: Inputs) -> Tensor:
-    """As Hugging Face losses do: the logits upcast, so that log-probs have float32 precision."""
-    return eager_loss(head(inputs).float(), inputs)
-
-
-def eager_logits(inputs: Inputs) -> Tensor:
-    return eager_loss(inputs.logits, inputs)
-
-
-def eager_float_logits(inputs: Inputs) -> Tensor:
-    return eager_loss(inputs.logits.float(), inputs)
+def eager(inputs: Inputs, float32: bool = False) -> Tensor:
+    """All logits; with `float32` upcast, as Hugging Face losses do, for log-probs as precise."""
+    logits = head(inputs) if inputs.logits is None else inputs.logits
+    logps = eager_logps(logits.float() if float32 else logits, inputs.labels)
+    return sk.sppo_loss(logps, inputs.ref, inputs.win, eta=ETA)
 
 
 def released_sppo(inputs: Inputs) -> Tensor:
@@ -119,9 +103,9 @@ def released_sppo(inputs: Inputs) -> Tensor:
 
 
 @functools.cache
-def compiled(function: Loss) -> Loss:
+def compiled() -> Loss:
     # Shapes are static, so that a second shape does not turn the first's code into a slower one.
-    return torch.compile(function, dynamic=False)
+    return torch.compile(eager, dynamic=False)
 
 
 def own(impl: str) -> Reason:
@@ -133,31 +117,33 @@ def own(impl: str) -> Reason:
     return reason
 
 
+def ours(impl: str) -> list[Provider]:
+    """Our providers with one implementation."""
+    name, reason = f"{OURS} {impl}", own(impl)
+    logits = functools.partial(ours_logits, impl=impl)
+    found = [
+        Provider(
+            name, functools.partial(ours_linear, impl=impl), LINEAR, why_not=reason, packs=True
+        ),
+        Provider(name, logits, LOGITS, why_not=reason),
+    ]
+    if impl != "reference":
+        place = functools.partial(logits, inplace=True)
+        found.append(
+            Provider(f"{name}, in place", place, ("logits",), why_not=reason, inplace=True)
+        )
+    return found
+
+
 def table() -> tuple[Provider, ...]:
     """All providers, the most important first."""
-    ours = []
-    for impl in ("native", "triton", "reference"):
-        name, reason = f"{OURS} {impl}", own(impl)
-        ours.append(
-            Provider(name, functools.partial(ours_linear, impl=impl), LINEAR, why_not=reason)
-        )
-        ours.append(
-            Provider(name, functools.partial(ours_logits, impl=impl), LOGITS, why_not=reason)
-        )
-        if impl != "reference":
-            loss = functools.partial(ours_logits, impl=impl, inplace=True)
-            place = f"{name}, in place"
-            ours.append(Provider(place, loss, ("logits",), why_not=reason, inplace=True))
-    fast = [p for p in ours if not p.name.endswith("reference")]
-    reference = [p for p in ours if p.name.endswith("reference")]
+    upcast = functools.partial(eager, float32=True)
     return (
-        *fast,
-        Provider("eager", eager_linear),
-        Provider("eager", eager_logits, LOGITS),
-        Provider("torch.compile", lambda i: compiled(eager_linear)(i), compiles=True),
-        Provider("torch.compile", lambda i: compiled(eager_logits)(i), LOGITS, compiles=True),
-        Provider("eager, float32 log-probs", eager_float_linear),
-        Provider("eager, float32 log-probs", eager_float_logits, LOGITS),
+        *ours("native"),
+        *ours("triton"),
+        Provider("eager", eager, GROUPS),
+        Provider("torch.compile", lambda i: compiled()(i), GROUPS, compiles=True),
+        Provider("eager, float32 log-probs", upcast, GROUPS),
         Provider(
             "TRL chunked", peers.trl_linear, why_not=peers.needs("trl"),
             includes="the rows that count are taken out, as its trainer does",
@@ -186,7 +172,7 @@ def table() -> tuple[Provider, ...]:
             "QuACK cross-entropy", peers.quack_sum, ("trainable", "frozen"), task="cross-entropy",
             why_not=peers.quack_reason, includes="a plain cross-entropy, not a loss of sums",
         ),
-        *reference,
+        *ours("reference"),
     )  # fmt: skip
 
 
@@ -204,10 +190,15 @@ def products(group: str) -> int:
     return {"trainable": 3, "frozen": 2, "forward": 1}[group]
 
 
-def gemms(inputs: Inputs, parts: int) -> Callable[[], object]:
-    """The bare products of the head over the rows that count: X Wᵀ, dZ W, dZᵀ X (`parts` first)."""
+def ceiling(group: str, inputs: Inputs) -> Callable[[], object]:
+    """What bounds a group: a copy of the logits on the device, or the bare products of the head.
+
+    These are X Wᵀ, dZ W, dZᵀ X over the rows that count, as many of them as the group needs.
+    """
+    if group in LOGITS:
+        return lambda: inputs.logits.detach().clone()
     hidden = inputs.hidden.detach().reshape(-1, inputs.hidden.shape[-1])[inputs.counted]
-    weight = inputs.weight.detach()
+    weight, parts = inputs.weight.detach(), products(group)
     dz = torch.randn(hidden.shape[0], weight.shape[0], device=hidden.device, dtype=hidden.dtype)
 
     def run() -> None:
@@ -218,13 +209,6 @@ def gemms(inputs: Inputs, parts: int) -> Callable[[], object]:
             torch.mm(dz.t(), hidden)
 
     return run
-
-
-def ceiling(group: str, inputs: Inputs) -> Callable[[], object]:
-    """What bounds a group: the bare products, or a copy of the logits on the device."""
-    if group in LOGITS:
-        return lambda: inputs.logits.detach().clone()
-    return gemms(inputs, products(group))
 
 
 def counted(group: str, inputs: Inputs) -> tuple[float | None, float | None]:

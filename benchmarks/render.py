@@ -6,10 +6,12 @@ spread around them stand beside them, and all times are in the JSON.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from benchmarks.rows import Row, ceiling_ratio, same_case
+from benchmarks.rows import Row, ceiling_ratio, environment, read_json, same_case, write_json
 
 HEADER = (
     "group", "case", "dtype", "provider", "best", "median", "spread", "of ceiling", "x ours",
@@ -53,21 +55,29 @@ def cells(rows: Sequence[Row], row: Row) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def rows(results: Iterable[Row]) -> list[tuple[str, ...]]:
-    results = list(results)
-    return [cells(results, r) for r in results]
+def table(
+    header: Sequence[str], rows: Iterable[Sequence], left: Sequence[str] | None = None
+) -> str:
+    """A Markdown table; with `left`, columns but the first and those are set to the right."""
+    rule = ["---" if left is None or name in (header[0], *left) else "---:" for name in header]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, rule, *rows])
 
 
-def markdown(results: Iterable[Row]) -> str:
+def columns(header: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A table for the terminal: the first column set to the left, the others to the right."""
+    lines = [[*map(str, row)] for row in [header, *rows]]
+    first, *widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    layout = f"{{:<{first}}}" + "".join(f"  {{:>{width}}}" for width in widths)
+    return "\n".join(layout.format(*line) for line in lines)
+
+
+def markdown(results: Sequence[Row]) -> str:
     """A Markdown table of all results."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(results)]
-    return "\n".join(lines) + "\n"
+    return table(HEADER, (cells(results, r) for r in results)) + "\n"
 
 
-def document(results: Iterable[Row], env: dict) -> str:
+def document(results: Sequence[Row], env: dict) -> str:
     """The table with what it was measured on."""
-    results = list(results)
     inputs = dict.fromkeys(r.inputs for r in results if r.inputs)
     return "\n".join(
         [
@@ -86,29 +96,22 @@ def document(results: Iterable[Row], env: dict) -> str:
     )
 
 
-def compact(results: Iterable[Row], most: int = 50) -> str:
+def compact(results: Sequence[Row], most: int = 50) -> str:
     """A table of fixed width without inputs and notes, of at most `most` lines."""
-    results = list(results)
-    lines = [
-        f"{'group':<14} {'case':<34} {'provider':<30} {'best':>9} {'ceiling':>8} {'x ours':>7} "
-        f"{'memory':>10}"
-    ]
+    layout = "{:<14} {:<34} {:<30} {:>9} {:>8} {:>7} {:>10}"
+    lines = [layout.format("group", "case", "provider", "best", "ceiling", "x ours", "memory")]
     for row in results:
         c = dict(zip(HEADER, cells(results, row), strict=True))
-        if not row.times:
-            lines.append(f"{row.group:<14} {c['case']:<34} {row.provider:<30} {row.note}"[:118])
-            continue
-        lines.append(
-            f"{row.group:<14} {c['case']:<34} {row.provider:<30} {c['best']:>9} "
-            f"{c['of ceiling']:>8} {c['x ours']:>7} {c['memory']:>10}"
-        )
+        names = "best", "of ceiling", "x ours", "memory"
+        shown = [c[name] for name in names] if row.times else [row.note[:37], "", "", ""]
+        lines.append(layout.format(row.group, c["case"], row.provider, *shown).rstrip())
     if len(lines) > most:
         left = len(lines) - most + 1
         lines = [*lines[: most - 1], f"… {left} lines more in table.md"]
     return "\n".join(lines)
 
 
-def print_table(results: Iterable[Row]) -> None:
+def print_table(results: Sequence[Row]) -> None:
     """The table on a terminal."""
     try:
         from rich.console import Console
@@ -116,19 +119,28 @@ def print_table(results: Iterable[Row]) -> None:
     except ImportError:
         print(markdown(results))
         return
-    table = Table(*HEADER)
-    for row in rows(results):
-        table.add_row(*row)
-    Console(width=200).print(table)
+    shown = Table(*HEADER)
+    for row in results:
+        shown.add_row(*cells(results, row))
+    Console(width=200).print(shown)
+
+
+def outputs(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The options that every suite has."""
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--seconds", type=float, help="time budget")
+    return parser
+
+
+def finish(results: Sequence[Row], path: Path | None, most: int = 50) -> None:
+    """What every suite ends with: the file, if one is named, and the table."""
+    if path:
+        write_json(path, results, environment())
+    print(compact(results, most))
 
 
 def main(argv: list[str] | None = None) -> int:
     """python -m benchmarks render FILE: the Markdown table of a results file."""
-    import argparse
-    from pathlib import Path
-
-    from benchmarks.rows import read_json
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks render", description=main.__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--out", type=Path, help="a file; standard output without it")

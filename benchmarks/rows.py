@@ -23,14 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA_VERSION = 2
 OURS = "sppo-kernels"
+GROUPS = ("trainable", "frozen", "forward", "logits", "logits-forward")  # of the loss path
+LOGITS = GROUPS[3:]
 PACKAGES = (
     "triton", "numpy", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels",
     "evalica", "choix", "nashpy", "scipy",
 )  # fmt: skip
-
-
-class Refused(Exception):
-    """A provider that fails the correctness gate, or cannot run the case."""
 
 
 @dataclass
@@ -125,20 +123,20 @@ def as_dict(rows: list[Row], row: Row) -> dict:
 
 def write_json(path: Path, rows: list[Row], env: dict) -> None:
     """All rows of a run, written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = {"schema": SCHEMA_VERSION, **env, "rows": [as_dict(rows, r) for r in rows]}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    from sppo_kernels import files  # torch comes with it, which reading does without
+
+    rows = [as_dict(rows, r) for r in rows]
+    files.write_json({"schema": SCHEMA_VERSION, **env, "rows": rows}, path)
 
 
 def read_json(path: Path) -> tuple[list[Row], dict]:
-    """Rows and environment of a results file.
+    """Rows and environment of a results file, or of the results.json of a folder.
 
     Raises:
         ValueError: the file has another schema.
     """
-    data = json.loads(Path(path).read_text(encoding="utf-8"))
+    path = path / "results.json" if path.is_dir() else path
+    data = json.loads(path.read_text(encoding="utf-8"))
     if data.get("schema") != SCHEMA_VERSION:
         raise ValueError(f"{path}: expected schema {SCHEMA_VERSION}, got {data.get('schema')!r}")
     known = {f.name for f in fields(Row)}

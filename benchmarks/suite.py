@@ -9,9 +9,6 @@ runs/bench/<machine>/ when an option picks a part of it. What the processes say 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,11 +17,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from benchmarks.rows import RESULTS, ROOT, Row, environment, machine_slug, read_json, write_json
+from benchmarks.core import Task
+from benchmarks.harness import SPENT, Process
+from benchmarks.inputs import KINDS, PROMPT_SHARE, SEQUENCES, Case
+from benchmarks.render import document, print_table
+from benchmarks.rows import (
+    GROUPS,
+    RESULTS,
+    ROOT,
+    Row,
+    environment,
+    machine_slug,
+    read_json,
+    write_json,
+)
+from benchmarks.truth import DTYPES
 
-LOSS_GROUPS = ("trainable", "frozen", "forward", "logits", "logits-forward")
-ALL_GROUPS = (*LOSS_GROUPS, "games", "trainer")
-SPENT = "not measured: the time budget was spent"
+ALL_GROUPS = (*GROUPS, "games", "trainer")
 LEAST = 12.0  # seconds; with less left a case is not begun
 # On two cores ten minutes do not suffice for what says least.
 CPU_WITHOUT = ("reference", "cross_entropy, sum")
@@ -34,97 +43,76 @@ COMPILED = ("torch.compile", "Liger", "CCE")  # compiled once more to measure th
 
 @dataclass(frozen=True)
 class Job:
-    """One process: some groups of one case. `share` of the budget is the most it may take."""
+    """One process of at most `share` of the budget: a task of the loss path, or another suite."""
 
-    module: str
-    groups: tuple[str, ...]
-    title: str
-    dtype: str = "float32"
-    options: tuple[str, ...] = ()
-    share: float = 1.0
+    share: float
+    task: Task | None = None
+    suite: tuple[str, ...] = ()  # module and options
+    group: str = ""
+    title: str = ""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return self.task.groups if self.task else (self.group,)
+
+    @property
+    def dtype(self) -> str:
+        return self.task.dtype if self.task else "float32"
+
+    def name(self, group: str) -> str:
+        return self.task.case.title(group) if self.task else self.title
 
     def command(self, out: Path, seconds: float) -> list[str]:
-        return [
-            sys.executable, "-m", self.module, *self.options, "--json", str(out),
-            "--seconds", f"{seconds:.0f}",
-        ]  # fmt: skip
+        if self.task:
+            return ["benchmarks.core", str(out), f"{seconds:.0f}", self.task.text()]
+        return [*self.suite, "--json", str(out), "--seconds", f"{seconds:.0f}"]
 
     def absent(self, note: str, groups: Sequence[str] | None = None) -> list[Row]:
         """Rows that say why the groups were not measured."""
         chosen = self.groups if groups is None else groups
-        return [Row(g, self.title, self.dtype, "all providers", note=note) for g in chosen]
+        return [Row(g, self.name(g), self.dtype, "all providers", note=note) for g in chosen]
 
 
-def loss_job(
-    shape: Sequence[int],
-    groups: Sequence[str],
-    dtype: str = "bfloat16",
-    *,
-    inputs: str = "zipf",
-    prompt: float = 0.25,
-    softcap: float | None = None,
-    providers: Sequence[str] = (),
-    without: Sequence[str] = (),
-    memory_without: Sequence[str] = (),
-    repeats: int = 3,
-    share: float = 1.0,
-    memory: bool = True,
-) -> Job:
-    """A job of benchmarks.core: `shape` is N, D, V."""
-    rows, dim, vocab = map(str, shape)
-    options = [
-        "--case", rows, dim, vocab, "--groups", *groups, "--dtype", dtype, "--inputs", inputs,
-        "--prompt-share", str(prompt), "--repeats", str(repeats),
-    ]  # fmt: skip
-    options += ["--softcap", str(softcap)] if softcap else []
-    options += ["--providers", *providers] if providers else []
-    options += ["--without", *without] if without else []
-    options += ["--memory-without", *memory_without] if memory_without else []
-    options += [] if memory else ["--no-memory"]
-    title = f"N={rows} V={vocab} D={dim}" + (f" softcap={softcap:g}" if softcap else "")
-    return Job("benchmarks.core", tuple(groups), title, dtype, tuple(options), share)
+GAMES = Job(0.15, suite=("benchmarks.games",), group="games", title="K=5 and K=16")
+TRAINER = Job(
+    0.25, suite=("benchmarks.trainer_step", "--steps", "3"), group="trainer", title="Llama"
+)
 
 
 def cpu_plan() -> list[Job]:
     """Two cores, ten minutes: the shape of docs/decisions.md, then the games and the trainer."""
-    shape, few = (2048, 1024, 50304), ("native", "eager")
+    case = Case(2048, 1024, 50304)
+    dense = case._replace(prompt=0.0)
+    few = {"providers": ("native", "eager"), "memory": False}
     lean = {"without": (*CPU_WITHOUT, "linear_cross_entropy", "Liger"), "memory_without": COMPILED}
     return [
-        loss_job(
-            shape, ["trainable"], without=CPU_WITHOUT, memory_without=SLOWEST, share=0.45
-        ),
-        loss_job(shape, ["logits", "logits-forward"], repeats=7, without=CPU_WITHOUT, share=0.15),
-        Job("benchmarks.games", ("games",), "K=5 and K=16", share=0.15),
-        loss_job(shape, ["frozen"], **lean, share=0.3),
-        loss_job(shape, ["forward"], **lean, share=0.3),
-        Job(
-            "benchmarks.trainer_step", ("trainer",), "Llama", options=("--steps", "3"), share=0.25
-        ),
-        loss_job(
-            shape, ["trainable", "frozen", "forward"], prompt=0.0, providers=few, share=0.35,
-            memory=False,
-        ),
-        loss_job(shape, ["logits"], inputs="flat", providers=few, share=0.1, memory=False),
-        loss_job(shape, ["trainable"], "float32", prompt=0.0, providers=few, without=["float32"],
-                 share=0.3, memory=False),
-    ]  # fmt: skip
+        Job(0.45, Task(case, GROUPS[:1], without=CPU_WITHOUT, memory_without=SLOWEST)),
+        Job(0.15, Task(case, GROUPS[3:], repeats=7, without=CPU_WITHOUT)),
+        GAMES,
+        Job(0.3, Task(case, ("frozen",), **lean)),
+        Job(0.3, Task(case, ("forward",), **lean)),
+        TRAINER,
+        Job(0.35, Task(dense, GROUPS[:3], **few)),
+        Job(0.1, Task(case._replace(inputs="flat"), ("logits",), **few)),
+        Job(0.3, Task(dense, GROUPS[:1], "float32", without=("float32",), **few)),
+    ]
 
 
 def cuda_plan() -> list[Job]:
     """The shapes by which the kernels are judged, every row counting, then inputs as in life."""
-    first = (8192, 4096, 128256)
-    return [
-        loss_job(first, ["trainable", "frozen", "forward"], prompt=0.0, repeats=10, share=0.4),
-        loss_job(first, ["logits", "logits-forward"], prompt=0.0, repeats=10, share=0.2),
-        loss_job((8192, 896, 151936), ["trainable", "frozen"], prompt=0.0, repeats=10, share=0.25),
-        loss_job((16384, 2048, 128256), ["trainable"], prompt=0.0, repeats=10, share=0.25),
-        loss_job(
-            (4096, 3584, 256000), ["trainable"], prompt=0.0, softcap=30.0, repeats=10, share=0.25
-        ),
-        loss_job(first, ["trainable", "frozen"], repeats=10, share=0.25),
-        loss_job(first, ["logits"], prompt=0.0, inputs="flat", repeats=10, share=0.15),
-        Job("benchmarks.games", ("games",), "K=5 and K=16", share=0.2),
-    ]
+    first = Case(8192, 4096, 128256, prompt=0.0)
+    capped = Case(4096, 3584, 256000, prompt=0.0, softcap=30.0)
+    plan = (
+        (0.4, first, GROUPS[:3]),
+        (0.2, first, GROUPS[3:]),
+        (0.25, Case(8192, 896, 151936, prompt=0.0), GROUPS[:2]),
+        (0.25, Case(16384, 2048, 128256, prompt=0.0), GROUPS[:1]),
+        (0.25, capped, GROUPS[:1]),
+        (0.25, first._replace(prompt=PROMPT_SHARE), GROUPS[:2]),
+        (0.15, first._replace(inputs="flat"), ("logits",)),
+    )
+    jobs = [Job(share, Task(case, groups, repeats=10)) for share, case, groups in plan]
+    return [*jobs, replace(GAMES, share=0.2)]
 
 
 def select(plan: Sequence[Job], groups: Sequence[str], dtypes: Sequence[str]) -> list[Job]:
@@ -132,14 +120,8 @@ def select(plan: Sequence[Job], groups: Sequence[str], dtypes: Sequence[str]) ->
     out = []
     for job in plan:
         kept = tuple(g for g in job.groups if not groups or g in groups)
-        loss = job.module == "benchmarks.core"
-        if not kept or (loss and dtypes and job.dtype not in dtypes):
-            continue
-        options = list(job.options)
-        if loss:
-            at = options.index("--groups") + 1
-            options[at : at + len(job.groups)] = kept
-        out.append(replace(job, groups=kept, options=tuple(options)))
+        if kept and not (job.task and dtypes and job.dtype not in dtypes):
+            out.append(replace(job, task=job.task and replace(job.task, groups=kept)))
     total = sum(job.share for job in out)  # a part may take the time that the rest does not need
     return [replace(job, share=job.share / min(1.0, total)) for job in out]
 
@@ -177,23 +159,11 @@ def in_process(job: Job, seconds: float, log: IO[str]) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = job.command(out, 0.85 * seconds)  # the rest is for starting and for the last call
-        log.write(f"$ {' '.join(command)}\n")
-        log.flush()
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = process.wait(timeout=seconds)
-            why = f"not measured: the process failed with status {status}, see log.txt"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the job and what it started
-            process.wait()
-            why = SPENT
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        status, *_ = Process(*command, log=log).finish(seconds)
+        why = f"not measured: the process failed with status {status}, see log.txt"
         rows = read_json(out)[0] if out.exists() else []
     found = {row.group for row in rows}
+    why = SPENT if status is None else why
     return rows + job.absent(why, [g for g in job.groups if g not in found])
 
 
@@ -202,9 +172,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=575.0, help="seconds (default 575)")
     parser.add_argument("--groups", nargs="+", choices=ALL_GROUPS, default=[])
     parser.add_argument("--case", nargs=3, type=int, metavar=("N", "D", "V"), help="one shape")
-    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[])
     parser.add_argument("--providers", nargs="+", help="those whose name has one of these words")
-    parser.add_argument("--inputs", choices=("zipf", "flat"), help="with --case")
+    parser.add_argument("--inputs", choices=KINDS, help="with --case")
     parser.add_argument("--prompt-share", type=float, help="with --case; 0: every row counts")
     parser.add_argument("--softcap", type=float, help="with --case")
     parser.add_argument("--repeats", type=int, help="timed calls of each provider")
@@ -213,37 +183,32 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.case and (args.inputs or args.prompt_share is not None or args.softcap):
         parser.error("--inputs, --prompt-share and --softcap go with --case")
+    if args.case and args.case[0] < SEQUENCES:
+        parser.error(f"--case: expected at least {SEQUENCES} rows, got {args.case[0]}")
     return args
 
 
 def chosen_plan(args: argparse.Namespace, cuda: bool) -> list[Job]:
     """The jobs that the options ask for."""
     if args.case:
-        groups = args.groups or LOSS_GROUPS
-        plan = [
-            loss_job(
-                args.case, groups, dtype, inputs=args.inputs or "zipf", softcap=args.softcap,
-                prompt=0.25 if args.prompt_share is None else args.prompt_share,
-            )
-            for dtype in args.dtypes or ["bfloat16"]
-        ]  # fmt: skip
+        prompt = PROMPT_SHARE if args.prompt_share is None else args.prompt_share
+        case = Case(*args.case, args.inputs or "zipf", prompt, args.softcap)
+        groups = tuple(args.groups or GROUPS)
+        plan = [Job(1.0, Task(case, groups, dtype)) for dtype in args.dtypes or ["bfloat16"]]
     else:
-        plan = select(cuda_plan() if cuda else cpu_plan(), args.groups, args.dtypes or [])
-    more = ["--no-memory"] if args.no_memory else []
-    more += ["--repeats", str(args.repeats)] if args.repeats else []
-    more += ["--providers", *args.providers] if args.providers else []
-    return [
-        replace(j, options=(*j.options, *more)) if j.module == "benchmarks.core" else j
-        for j in plan
-    ]
+        plan = select(cuda_plan() if cuda else cpu_plan(), args.groups, args.dtypes)
+    asked = {"providers": tuple(args.providers or ()), "repeats": args.repeats}
+    changes = {name: value for name, value in asked.items() if value}
+    changes |= {"memory": False} if args.no_memory else {}
+    return [replace(j, task=j.task and replace(j.task, **changes)) for j in plan]
 
 
 def run(plan: Sequence[Job], budget: float, out: Path, env: dict, log: IO[str]) -> list[Row]:
     """Measure a plan, keeping results.json in `out` current; then the table and the plots."""
-    from benchmarks.render import document
 
     def execute(job: Job, seconds: float) -> list[Row]:
-        print(f"{job.title} {job.dtype}: {', '.join(job.groups)}", file=sys.stderr, flush=True)
+        what = f"{job.name(job.groups[0])} {job.dtype}: {', '.join(job.groups)}"
+        print(what, file=sys.stderr, flush=True)
         return in_process(job, seconds, log)
 
     def keep(rows: list[Row]) -> None:
@@ -254,7 +219,7 @@ def run(plan: Sequence[Job], budget: float, out: Path, env: dict, log: IO[str]) 
     try:
         from benchmarks.plot import plot
 
-        plot(out / "results.json", out)
+        plot(out, out)
     except ImportError as error:
         print(f"no plots: {error}", file=sys.stderr)
     return rows
@@ -272,8 +237,6 @@ def main(argv: list[str] | None = None) -> int:
     failed = [r for r in rows if "failed with status" in r.note]
     if failed:
         print((out / "log.txt").read_text(encoding="utf-8")[-4000:], file=sys.stderr)
-    from benchmarks.render import print_table
-
     print_table(rows)
     print(f"written: {out}")
     return 1 if failed else 0

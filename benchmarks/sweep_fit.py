@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from benchmarks.rows import Row
 
 
 @dataclass
-class Row:
-    """One provider at one point; times in seconds. Without times, `note` says why.
+class SweepRow(Row):
+    """One provider at one point; `group` is the sweep and `value` what varies in it.
 
     x: what the exponent is fitted over, which for the prompt share is the rows that count, for the
     length spread the padded rows, and else the value itself.
     """
 
-    sweep: str
-    value: float
-    x: float
-    case: str
-    dtype: str
-    provider: str
-    times: list[float] = field(default_factory=list)
-    extra_peak: int | None = None
-    error: float | None = None
-    flops: float | None = None
-    bytes: float | None = None
-    note: str = ""
+    value: float = 0.0
+    x: float = 0.0
+
+    @property
+    def amount(self) -> float | None:
+        """Operations, or bytes, of a call."""
+        return self.flops or self.bytes
+
+    def as_dict(self) -> dict:
+        """The row as a sweep's file holds it."""
+        names = ("case", "dtype", "provider", "times", "extra_peak", "error", "flops", "bytes")
+        found = {"sweep": self.group, "value": self.value, "x": self.x}
+        return found | {name: getattr(self, name) for name in (*names, "note")}
 
 
 @dataclass
@@ -46,33 +49,29 @@ class Fit:
     expected: float | None
 
 
-def fit(sweep: str, provider: str, quantity: str, rows: list[Row]) -> Fit | None:
-    """The exponent over the rows that have the quantity; None for fewer than two distinct x."""
+def fit(quantity: str, rows: list[SweepRow]) -> Fit | None:
+    """The exponent over one provider's rows that have it; None for fewer than two distinct x."""
     from scipy.stats import linregress
 
-    def of(row: Row) -> float | None:
-        return min(row.times, default=None) if quantity == "seconds" else row.extra_peak
-
-    found = [(r.x, of(r), r.flops or r.bytes) for r in rows if of(r)]
-    if len({x for x, _, _ in found}) < 2:
+    name = {"seconds": "best"}.get(quantity, quantity)
+    rows = [r for r in rows if getattr(r, name)]
+    if len({r.x for r in rows}) < 2:
         return None
-    log_x = [math.log(x) for x, _, _ in found]
-    line = linregress(log_x, [math.log(y) for _, y, _ in found])
+    log_x = [math.log(r.x) for r in rows]
+    line = linregress(log_x, [math.log(getattr(r, name)) for r in rows])
     expected = None
-    if quantity == "seconds" and all(amount for _, _, amount in found):
-        expected = float(linregress(log_x, [math.log(a) for _, _, a in found]).slope)
-    enough = len(found) > 2
+    if quantity == "seconds" and all(r.amount for r in rows):
+        expected = float(linregress(log_x, [math.log(r.amount) for r in rows]).slope)
     return Fit(
-        sweep, provider, quantity, float(line.slope), float(line.stderr) if enough else None,
-        float(line.rvalue) ** 2, len(found), expected,
+        rows[0].group, rows[0].provider, quantity, float(line.slope),
+        float(line.stderr) if len(rows) > 2 else None, float(line.rvalue) ** 2, len(rows), expected,
     )  # fmt: skip
 
 
-def fits(rows: list[Row]) -> list[Fit]:
+def fits(rows: list[SweepRow]) -> list[Fit]:
     """Fits of every sweep, provider and quantity."""
-    keys = dict.fromkeys((r.sweep, r.provider) for r in rows)
-    found = []
-    for sweep, provider in keys:
-        mine = [r for r in rows if (r.sweep, r.provider) == (sweep, provider)]
-        found += [fit(sweep, provider, quantity, mine) for quantity in ("seconds", "extra_peak")]
+    lines: dict[tuple[str, str], list[SweepRow]] = {}
+    for row in rows:
+        lines.setdefault((row.group, row.provider), []).append(row)
+    found = [fit(q, line) for line in lines.values() for q in ("seconds", "extra_peak")]
     return [f for f in found if f is not None]

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import game_cases as bench
 from benchmarks.bench_cases import FULL
-from benchmarks.game_timing import times_faster
+from benchmarks.game_cases import times_faster
 from sppo_kernels.backend import native_error
 from sppo_kernels.games.solvers import nash
 from sppo_kernels.games.targets import sppo_targets, symmetrize
@@ -34,9 +34,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def record(benchmark, measure):
-    """The rows of a measurement, itself the timed call."""
-    rows = benchmark.pedantic(measure, rounds=1)
+def record(benchmark, cases, turns):
+    """The rows of cases, their measurement itself the timed call."""
+    rows = benchmark.pedantic(lambda: [r for c in cases for r in c.measure(turns)], rounds=1)
+    assert not [r.note for r in rows if r.note.startswith("refused")]
     benchmark.extra_info.update({f"{r.provider}, s a {r.per}": r.best for r in rows if r.times})
     return rows
 
@@ -48,7 +49,7 @@ def faster(rows, provider, times):
 
 @pytest.mark.parametrize("k, times, limit_ns", [(5, 10, 40), (16, 4, None)])
 def test_fused_path(benchmark, k, times, limit_ns):
-    rows = record(benchmark, lambda: bench.measure_targets(GAMES, k, 2 * TURNS))
+    rows = record(benchmark, [bench.targets_case(GAMES, k)], 2 * TURNS)
     faster(rows, "sppo-kernels reference", times)
     if FULL and limit_ns is not None:
         assert rows[0].best <= limit_ns * 1e-9
@@ -56,7 +57,7 @@ def test_fused_path(benchmark, k, times, limit_ns):
 
 @pytest.mark.parametrize("k, part, limit_us", [(5, 1, 0.5), (16, 10, 10.0)])
 def test_nash(benchmark, k, part, limit_us):
-    rows = record(benchmark, lambda: bench.measure_nash(GAMES // part, k, TURNS))
+    rows = record(benchmark, [bench.nash_case(GAMES // part, k)], TURNS)
     assert rows[0].error <= 1e-10
     if FULL:
         assert rows[0].best <= limit_us * 1e-6
@@ -66,20 +67,20 @@ def test_nash(benchmark, k, part, limit_us):
 
 def test_bradley_terry(benchmark):
     pytest.importorskip("evalica")
-    rows = record(benchmark, lambda: bench.measure_bradley_terry(GAMES, 5, 3))
+    rows = record(benchmark, [bench.bradley_terry_case(GAMES, 5)], 3)
     assert rows[0].error <= 1e-8
     faster(rows, "evalica", 20)
 
 
 def test_aggregate(benchmark):
     pytest.importorskip("evalica")
-    rows = record(benchmark, lambda: bench.measure_aggregate(GAMES, 5, 20, 3))
+    rows = record(benchmark, [bench.aggregate_case(GAMES, 5, 20)], 3)
     assert rows[0].error <= 1e-12
     faster(rows, "evalica", 20)
 
 
 def test_aggregate_is_linear(benchmark):
-    rows = record(benchmark, lambda: bench.measure_linearity(16, TURNS, max(20, GAMES // 50)))
+    rows = record(benchmark, bench.linearity_cases(16, max(20, GAMES // 50)), TURNS)
     found = [r.best for r in rows]
     if FULL:
         assert max(found) <= 2 * min(found)  # over a factor of 8 in comparisons

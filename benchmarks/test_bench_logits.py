@@ -1,12 +1,5 @@
 """The loss path from logits, for pytest-benchmark, each case gated against float64."""
 
-import pytest
+from benchmarks.bench_cases import bench
 
-from benchmarks import bench_cases
-
-pytest.importorskip("pytest_benchmark")
-
-
-@pytest.mark.parametrize("group, provider, kind, prompt, dtype", bench_cases.cases("logits"))
-def test_logits(benchmark, group, provider, kind, prompt, dtype):
-    bench_cases.run(benchmark, group, provider, kind, prompt, dtype)
+test_logits = bench("logits")

@@ -10,8 +10,8 @@ The trainer, the weights and the batches are the same for all; only the function
 
 `head` is TRL's own fused forward on hidden states that are there already: the policy with the four
 outputs DPO asks for, its backward, and the reference. `step` is `training_step` and the optimizer.
-Lengths are log-normal, as in trainer_step. Times are of one batch after the other, the functions in
-turn; the gate compares loss and all gradients before anything is timed.
+Times are of one batch after the other, the functions in turn; the gate compares loss and all
+gradients with TRL's own before anything is timed.
 """
 
 from __future__ import annotations
@@ -19,27 +19,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import ctypes
+import functools
 import json
-import statistics
-import sys
 import tempfile
+import time
 import types
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import (
-    Refused,
-    Result,
-    environment,
-    in_fresh_process,
-    interleaved,
-    resident_extra_peak,
-    write_json,
-)
+from benchmarks.harness import LINUX, Process, extra_peak, interleaved, passed, within
+from benchmarks.render import finish, outputs
+from benchmarks.rows import Row, same_case
+from benchmarks.training import dpo_trainer, llama, random_ids
 from sppo_kernels.testing import relative_error
 
 VOCAB, PAIRS, BATCHES, BETA = 50257, 2, 1, 0.1
@@ -68,86 +61,37 @@ def provider(name: str):
         yield
 
 
-def make_model(vocab: int):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab,
-            hidden_size=256,
-            intermediate_size=704,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            max_position_embeddings=2048,
-            tie_word_embeddings=False,
-        )
-    )
-
-
 def make_batches(vocab: int, pairs: int, count: int) -> list[dict[str, Tensor]]:
     """Batches as TRL's collator makes them: chosen rows first, padded, completions marked."""
-    g = torch.Generator().manual_seed(1)
-
-    def ids(median: float) -> Tensor:
-        n = int((median * torch.exp(0.75 * torch.randn((), generator=g))).clamp(4, 600))
-        return torch.randint(3, vocab, (n,), generator=g)
-
-    batches = []
+    ids, batches = random_ids(vocab), []
     for _ in range(count):
         prompts = [ids(60) for _ in range(pairs)]
         answers = [ids(90) for _ in range(2 * pairs)]
         rows = [torch.cat([prompts[i % pairs], y]) for i, y in enumerate(answers)]
         marks = [
-            torch.cat([torch.zeros(len(row) - len(y)), torch.ones(len(y))]).long()
+            (torch.arange(len(row)) >= len(row) - len(y)).long()
             for row, y in zip(rows, answers, strict=True)
         ]
+        names = {
+            "input_ids": rows,
+            "attention_mask": [torch.ones_like(r) for r in rows],
+            "completion_mask": marks,
+        }
         pad = nn.utils.rnn.pad_sequence
-        batches.append(
-            {
-                "input_ids": pad(rows, batch_first=True),
-                "attention_mask": pad([torch.ones_like(r) for r in rows], batch_first=True),
-                "completion_mask": pad(marks, batch_first=True),
-            }
-        )
+        batches.append({name: pad(found, batch_first=True) for name, found in names.items()})
     return batches
 
 
 def make_trainer(vocab: int, folder: str):
     """TRL's trainer on the model, its reference and no data: batches are given by hand."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from trl import DPOConfig, DPOTrainer
-
-    raw = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 2, "a": 3}, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
-    # transformers renamed it; TRL's default is on
-    names = ("activation_checkpointing", "gradient_checkpointing")
-    checkpointing = next(n for n in names if n in DPOConfig.__dataclass_fields__)
-    args = DPOConfig(
-        output_dir=folder,
-        loss_type="sppo_hard",
-        beta=BETA,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        max_length=None,
-        **{checkpointing: False},
-        disable_tqdm=True,
-        learning_rate=0.0,  # the optimizer does its work, and the weights stay the same for all
-        optim="adamw_torch",
-    )
-    text = Dataset.from_list([{"prompt": "a", "chosen": " a", "rejected": " a"}])
-    model = make_model(vocab)
+    model = llama(vocab)
     reference = copy.deepcopy(model)
     with torch.no_grad():  # a policy that has moved: log-ratios, and so the loss, are not constant
         for p in model.parameters():
             p.add_(0.02 * torch.randn(p.shape))
-    trainer = DPOTrainer(
-        model, reference, args=args, train_dataset=text, processing_class=tokenizer
+    # the optimizer does its work, and the weights stay the same for all
+    trainer = dpo_trainer(
+        model, reference, folder, beta=BETA, learning_rate=0.0, optim="adamw_torch"
     )
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # what `train` sets before it makes steps
@@ -200,6 +144,9 @@ def head_of(trainer, batches: list[dict[str, Tensor]]) -> Callable[[], Tensor]:
     return head
 
 
+WORK = {"head": head_of, "step": step_of}
+
+
 @contextlib.contextmanager
 def given(model, hidden: Tensor):
     """`model` with a base model that returns the hidden states."""
@@ -222,20 +169,14 @@ class Switch(contextlib.ExitStack):
         return function
 
 
-def within(name: str, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        with provider(name):
-            return function()
-
-    return run
-
-
-def gate(trainer, batch: dict[str, Tensor], name: str) -> float:
-    """Largest relative error of the loss and the gradients against TRL's own.
+def gate(trainer, batch: dict[str, Tensor], name: str) -> float | None:
+    """Largest relative error of the loss and the gradients against TRL's own; of itself none.
 
     Raises:
         Refused: it is above GATE.
     """
+    if name == "trl":
+        return None
     found = []
     for which in ("trl", name):
         trainer.model.zero_grad()
@@ -246,9 +187,7 @@ def gate(trainer, batch: dict[str, Tensor], name: str) -> float:
     trainer.model.zero_grad()
     errors = {n: relative_error(found[1][n], found[0][n]) for n in found[0]}
     worst = max(errors, key=errors.get)
-    if not errors[worst] <= GATE:
-        raise Refused(f"{name}: {worst} is wrong by {errors[worst]:.2e}")
-    return errors[worst]
+    return within(errors[worst], GATE, f"{name}: {worst} is ")
 
 
 def build(vocab: int, pairs: int, batches: int, folder: str):
@@ -265,75 +204,75 @@ def memory(name: str, vocab: int, pairs: int) -> dict[str, int]:
         short = [{k: v[:, :8].contiguous() for k, v in batches[0].items()}]
         short[0]["completion_mask"][:, -2:] = 1
         found = {}
-        for what, make in (("step", step_of), ("head", head_of)):
-            within(name, make(trainer, short))()  # loads code, makes the optimizer's state
-            function = within(name, make(trainer, batches))
-            ctypes.CDLL(None).malloc_trim(0)
-            found[what] = resident_extra_peak(function)
+        for what in ("step", "head"):
+            with provider(name):
+                WORK[what](trainer, short)()  # loads code, makes the optimizer's state
+            function = WORK[what](trainer, batches)
+            with provider(name):
+                found[what] = extra_peak(function)
         return found
 
 
-def measure(vocab: int, pairs: int, batches: int, repeats: int) -> list[Result]:
+def measure(
+    vocab: int, pairs: int, batches: int, repeats: int, deadline: float | None = None
+) -> list[Row]:
     """Times of all providers, gated."""
-    device, results = torch.device("cpu"), []
+    number = f"{batches} batches" if batches > 1 else "a batch"
+    case, rows = f"V={vocab}, {number} of {2 * pairs} rows", []
     with tempfile.TemporaryDirectory() as folder:
         trainer, data = build(vocab, pairs, batches, folder)
-        errors = {name: gate(trainer, data[0], name) for name in PROVIDERS if name != "trl"}
-        number = f"{batches} batches" if batches > 1 else "a batch"
-        case = f"V={vocab}, {number} of {2 * pairs} rows"
-        for what, make in (("head", head_of), ("step", step_of)):
+        verdict = functools.cache(functools.partial(gate, trainer, data[0]))
+        for what, make in WORK.items():
+            these = {n: Row(f"trl-dpo-{what}", case, "float32", n) for n in PROVIDERS}
             with Switch() as switch:
-                functions = {n: switch.before(n, make(trainer, data)) for n in PROVIDERS}
-                times = interleaved(functions, repeats, device)
-            results += [
-                Result(f"trl-dpo-{what}", case, "float32", n, times[n], error=errors.get(n))
-                for n in PROVIDERS
-            ]
-    return results
+                calls = {
+                    n: switch.before(n, make(trainer, data))
+                    for n, row in these.items()
+                    if passed(row, functools.partial(verdict, n))
+                }
+                for name, times in interleaved(calls, repeats, deadline=deadline).items():
+                    these[name].times = times
+            rows += these.values()
+    return rows
 
 
-def ratios(results: list[Result]) -> dict[str, float]:
+def ratios(rows: list[Row]) -> dict[str, float]:
     """TRL's time (and peak memory) over ours, per group."""
     found = {}
-    for result in results:
-        if result.provider == "patched":
+    for row in rows:
+        ours = next(r for r in same_case(rows, row) if r.provider == "patched")
+        if row is ours or not (row.times and ours.times):
             continue
-        ours = next(r for r in results if (r.group, r.provider) == (result.group, "patched"))
-        key = f"{result.group}: {result.provider} / patched"
-        found[f"{key}, time"] = result.median / ours.median
-        if ours.extra_peak and result.extra_peak:
-            found[f"{key}, memory"] = result.extra_peak / ours.extra_peak
+        key = f"{row.group}: {row.provider} / patched"
+        found[f"{key}, time"] = row.median / ours.median
+        if ours.extra_peak and row.extra_peak:
+            found[f"{key}, memory"] = row.extra_peak / ours.extra_peak
     return found
 
 
-def main(argv: list[str] | None = None) -> list[Result]:
+def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trl_step", description=__doc__)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--vocab", type=int, default=VOCAB)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--batches", type=int, default=BATCHES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", choices=PROVIDERS, help="print the peaks of one provider")
-    args = parser.parse_args(argv)
+    args = outputs(parser).parse_args(argv)
     if args.memory:
         print(json.dumps(memory(args.memory, args.vocab, args.pairs)))
         return []
-    results = measure(args.vocab, args.pairs, args.batches, args.repeats)
+    deadline = None if args.seconds is None else time.monotonic() + args.seconds
+    rows = measure(args.vocab, args.pairs, args.batches, args.repeats, deadline)
     sizes = ("--vocab", str(args.vocab), "--pairs", str(args.pairs))
-    for name in PROVIDERS if sys.platform == "linux" else ():
-        peaks = in_fresh_process("benchmarks.trl_step", "--memory", name, *sizes)
-        for result in results:
-            if result.provider == name:
-                result.extra_peak = peaks[result.group.removeprefix("trl-dpo-")]
-    for r in results:
-        peak = "" if r.extra_peak is None else f", peak {r.extra_peak / 2**20:.0f} MiB"
-        print(f"{r.group:14} {r.provider:14} {statistics.median(r.times):8.3f} s{peak}")
-    found = ratios(results)
-    for name, value in found.items():
+    for name in PROVIDERS if LINUX else ():
+        peaks = Process("benchmarks.trl_step", "--memory", name, *sizes).result()
+        for row in rows:
+            if row.provider == name and row.times:
+                row.extra_peak = peaks[row.group.removeprefix("trl-dpo-")]
+    finish(rows, args.json)
+    for name, value in ratios(rows).items():
         print(f"{name}: {value:.2f}")
-    if args.json:
-        write_json(args.json, results, environment())
-    return results
+    return rows
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness import Refused, within
 from benchmarks.inputs import Inputs
-from benchmarks.rows import Refused
 
 ETA = 1000.0
 # Largest relative error against float64: a few roundings of the dtype.
 GATE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-TASKS = ("sppo", "hard", "on-policy", "cross-entropy")
+DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in GATE)
 PIECE = 2048  # rows at a time
 
 
@@ -32,20 +32,19 @@ class Truth:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
-        self.counted = inputs.counted.nonzero().squeeze(-1)  # [L]
-        steps = inputs.labels.shape[1]
-        self.sequence = self.counted // steps  # [L]
-        labels = inputs.labels.reshape(-1)[self.counted]
+        counted = inputs.counted.nonzero().squeeze(-1)  # [L]
+        self.sequence = counted // inputs.labels.shape[1]  # [L]
+        labels = inputs.labels.reshape(-1)[counted]
         self.linear = inputs.logits is None
         if self.linear:
             hidden, self.weight = inputs.hidden.detach(), inputs.weight.detach().double()
-            self.rows = hidden.reshape(-1, hidden.shape[-1])[self.counted].double()  # [L, D]
+            self.rows = hidden.reshape(-1, hidden.shape[-1])[counted].double()  # [L, D]
             self.unit = torch.empty(
                 len(labels), len(self.weight), dtype=torch.float64, device=labels.device
             )  # [L, V]: the gradient of each row's log p by its logits
         else:
             given = inputs.logits.detach()
-            self.unit = given.reshape(-1, given.shape[-1])[self.counted].double()
+            self.unit = given.reshape(-1, given.shape[-1])[counted].double()
         logp = torch.empty(len(labels), dtype=torch.float64, device=labels.device)
         for at in range(0, len(labels), PIECE):
             piece = slice(at, at + PIECE)
@@ -78,34 +77,44 @@ class Truth:
             value = (logps - ref - ETA * (win - 0.5)).square().mean()
         return value.detach(), torch.autograd.grad(value, logps)[0]
 
-    def error(self, value: Tensor, task: str) -> float:
+    def check(self, value: Tensor, inputs: Inputs, task: str) -> float:
         """The larger of the relative errors of a loss and of the gradients in the leaves' `.grad`.
 
+        Args:
+            inputs: what the provider was given: those of the truth, a copy of them, or packed.
+
         Raises:
-            Refused: a leaf has no gradient.
+            Refused: a leaf has no gradient, or the error is above GATE or NaN.
         """
+        error = self.error(value, inputs, task)
+        leaf = inputs.logits if inputs.hidden is None else inputs.hidden
+        return within(error, GATE[leaf.dtype])
+
+    def error(self, value: Tensor, inputs: Inputs, task: str) -> float:
+        """The error of `check`, whatever it is."""
         truth, by_sequence = self.loss(task)
         error = _relative((value.detach().double() - truth).square(), truth.square())
-        for leaf in self.inputs.leaves():
+        for leaf in inputs.leaves():
             if leaf.grad is None:
                 raise Refused("a gradient is missing")
-            error = _worse(error, self._gradient_error(leaf, by_sequence[self.sequence]))
+            found = self._gradient_error(leaf, inputs, by_sequence[self.sequence])
+            error = found if not found <= error else error  # NaN if either is
         return error
 
-    def _gradient_error(self, leaf: Tensor, by_row: Tensor) -> float:
-        if leaf is self.inputs.weight:
+    def _gradient_error(self, leaf: Tensor, inputs: Inputs, by_row: Tensor) -> float:
+        if leaf is inputs.weight:
             want, got = (self.unit * by_row[:, None]).mT @ self.rows, leaf.grad
             pairs = zip(want.split(PIECE), got.split(PIECE), strict=True)
             return _relative(*_distances(pairs))
-        unit = self.unit_hidden if leaf is self.inputs.hidden else self.unit
+        unit = self.unit_hidden if leaf is inputs.hidden else self.unit
         got = leaf.grad.reshape(-1, leaf.shape[-1])
+        counted = inputs.counted.nonzero().squeeze(-1)
         pairs = (
-            (unit[at : at + PIECE] * by_row[at : at + PIECE, None],
-             got[self.counted[at : at + PIECE]])
+            (unit[at : at + PIECE] * by_row[at : at + PIECE, None], got[counted[at : at + PIECE]])
             for at in range(0, len(unit), PIECE)
-        )  # fmt: skip
+        )
         wrong, right = _distances(pairs)
-        outside = got[~self.inputs.counted]  # rows that do not count: zero is right
+        outside = got[~inputs.counted]  # rows that do not count: zero is right
         return _relative(wrong + outside.double().square().sum(), right)
 
 
@@ -120,19 +129,3 @@ def _distances(pairs) -> tuple[Tensor, Tensor]:
 def _relative(wrong: Tensor, right: Tensor) -> float:
     wrong, right = float(wrong) ** 0.5, float(right) ** 0.5
     return wrong / right if right > 0 else wrong
-
-
-def _worse(a: float, b: float) -> float:
-    """The larger, and NaN if either is."""
-    return b if not b <= a else a
-
-
-def check(error: float, dtype: torch.dtype) -> float:
-    """The error, if it passes the gate.
-
-    Raises:
-        Refused: it is larger than GATE[dtype], or NaN.
-    """
-    if not error <= GATE[dtype]:
-        raise Refused(f"wrong by {error:.1e}, more than {GATE[dtype]:.0e}")
-    return error

@@ -7,18 +7,22 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from benchmarks import core, harness, memory, peers, providers
+from benchmarks.core import Batch, Task
+from benchmarks.harness import CPU, SPENT, Refused
 from benchmarks.inputs import IGNORED, Case, make_inputs, prepare
-from benchmarks.rows import ROOT, Refused, Row
+from benchmarks.providers import Provider
+from benchmarks.rows import GROUPS, ROOT, Row
 from benchmarks.truth import Truth
 from sppo_kernels.testing import relative_error
 
 CASE = Case(64, 16, 401)
-CPU = torch.device("cpu")
+TASK = Task(CASE, dtype="float32", repeats=1, memory=False)
 
 
 def quick(group):
@@ -27,7 +31,18 @@ def quick(group):
     return [q for q in found if q.why_not(CASE, torch.float32, CPU) is None]
 
 
-@pytest.mark.parametrize("group", core.GROUPS)
+def named(group, name):
+    return next(q for q in quick(group) if q.name == name)
+
+
+def gate(q, group, case=CASE, gate_rows=None):
+    """The error of a provider, or of a loss in a provider's place, on a batch of its own."""
+    q = q if isinstance(q, Provider) else Provider("wrong", q)
+    batch = Batch(group, case, torch.float32, CPU, gate_rows)
+    return batch.gate(q, core.step(q, prepare(group, batch.inputs), group), group)
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_providers_pass_the_gate(group):
     found = quick(group)
     if group in providers.LINEAR and importlib.util.find_spec("liger_kernel"):
@@ -36,14 +51,14 @@ def test_providers_pass_the_gate(group):
         found.append(dataclasses.replace(liger, loss=loss))
     assert {"sppo-kernels native", "sppo-kernels reference", "eager"} <= {q.name for q in found}
     for q in found:
-        assert core.gate(q.name, q.loss, group, CASE, torch.float32, CPU) < 1e-4, q.name
+        assert gate(q, group) < 1e-4, q.name
 
 
 def test_the_table_names_every_peer():
     names = " ".join(q.name for q in providers.table())
     for peer in ("TRL", "Liger", "Apple CCE", "F.linear_cross_entropy", "QuACK", "released SPPO"):
         assert peer in names
-    for group in core.GROUPS:
+    for group in GROUPS:
         names = [q.name for q in providers.of_group(group)]
         assert len(names) == len(set(names))
 
@@ -57,7 +72,7 @@ def test_peers_that_are_not_installed_become_rows_that_say_so(monkeypatch):
     )
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
     found = [q for q in providers.of_group("trainable") if q.name != "torch.compile"]
-    rows = core.run_case("trainable", CASE, torch.float32, CPU, 1, memory_too=False, found=found)
+    rows = core.run_case("trainable", TASK, found=found)
     notes = {r.provider: r.note for r in rows if not r.times}
     for name, package in (("TRL chunked", "trl"), ("Liger sppo_hard", "liger_kernel"),
                           ("Apple CCE", "cut_cross_entropy")):  # fmt: skip
@@ -72,12 +87,11 @@ def test_softcap_reaches_the_providers_that_have_it():
         if q.why_not(case, torch.float32, CPU) is not None:
             assert "softcap" in q.why_not(case, torch.float32, CPU)
             continue
-        assert core.gate(q.name, q.loss, "trainable", case, torch.float32, CPU) < 1e-4, q.name
+        assert gate(q, "trainable", case) < 1e-4, q.name
         with pytest.raises(Refused, match="wrong by"):  # the cap matters to what the gate sees
-            inputs = prepare("trainable", make_inputs("linear", case, torch.float32, CPU))
-            truth = Truth(inputs)
-            inputs.softcap = None
-            core.passes(core.step(q.name, q.loss, inputs, "trainable"), inputs, truth, q.task)
+            batch = Batch("trainable", case, torch.float32, CPU)
+            batch.inputs.softcap = None
+            batch.gate(q, core.step(q, batch.inputs, "trainable"), "trainable")
 
 
 @pytest.mark.parametrize("group", ["trainable", "logits", "forward"])
@@ -88,7 +102,7 @@ def test_a_wrong_provider_is_refused(group):
         return right(inputs, "native") * 1.01
 
     with pytest.raises(Refused, match="wrong by"):
-        core.gate("wrong", wrong, group, CASE, torch.float32, CPU)
+        gate(wrong, group)
 
 
 def test_wrong_gradients_are_refused():
@@ -108,21 +122,19 @@ def test_wrong_gradients_are_refused():
 
     for wrong in (wrong_weight, wrong_outside, last_chunk_forgotten):
         with pytest.raises(Refused, match="wrong by"):
-            core.gate("wrong", wrong, "trainable", CASE, torch.float32, CPU)
+            gate(wrong, "trainable")
 
 
 def test_nan_and_missing_gradients_are_refused():
     with pytest.raises(Refused, match="wrong by nan"):
-        core.gate(
-            "nan", lambda i: providers.ours_linear(i, "native") * float("nan"), "forward", CASE,
-            torch.float32, CPU,
-        )  # fmt: skip
+        gate(lambda i: providers.ours_linear(i, "native") * float("nan"), "forward")
+
+    def no_weight(inputs):
+        inputs = dataclasses.replace(inputs, weight=inputs.weight.detach())
+        return providers.ours_linear(inputs, "native")
+
     with pytest.raises(Refused, match="a gradient is missing"):
-        core.gate(
-            "none", lambda i: i.hidden.sum() * 0 + providers.ours_linear(
-                dataclasses.replace(i, weight=i.weight.detach()), "native"
-            ), "trainable", CASE, torch.float32, CPU,
-        )  # fmt: skip
+        gate(no_weight, "trainable")
 
 
 @pytest.mark.parametrize("kind", ["linear", "logits"])
@@ -144,9 +156,9 @@ def test_truth_is_that_of_float64_autograd(kind, task, seed):
         loss = -logps.sum()
     loss.backward()
     truth = Truth(inputs)
-    assert truth.error(loss, task) < 1e-12
+    assert truth.error(loss, inputs, task) < 1e-12
     inputs.leaves()[-1].grad.view(-1)[7] += inputs.leaves()[-1].grad.norm()
-    assert truth.error(loss, task) > 0.5
+    assert truth.error(loss, inputs, task) > 0.5
 
 
 def test_inputs_look_like_life():
@@ -174,15 +186,14 @@ def test_run_case_gives_times_and_names_what_is_missing():
         raise ImportError("no module named peer")
 
     def wrong(inputs):
-        return 1.1 * providers.eager_linear(inputs)
+        return 1.1 * providers.eager(inputs)
 
-    native = next(q for q in quick("trainable") if q.name == "sppo-kernels native")
-    eager = next(q for q in quick("trainable") if q.name == "eager")
+    native, eager = named("trainable", "sppo-kernels native"), named("trainable", "eager")
     found = [
-        native, eager, providers.Provider("peer", missing), providers.Provider("bad", wrong),
-        providers.Provider("never", eager.loss, why_not=lambda *_: "it is not for this"),
+        native, eager, Provider("peer", missing), Provider("bad", wrong),
+        Provider("never", eager.loss, why_not=lambda *_: "it is not for this"),
     ]  # fmt: skip
-    rows = core.run_case("trainable", CASE, torch.float32, CPU, 3, memory_too=False, found=found)
+    rows = core.run_case("trainable", dataclasses.replace(TASK, repeats=3), found=found)
     by_name = {r.provider: r for r in rows}
     assert set(by_name) == {
         "sppo-kernels native", "eager", "peer", "bad", "never", "bare GEMMs (3)"
@@ -199,17 +210,13 @@ def test_run_case_gives_times_and_names_what_is_missing():
 
 
 def test_a_spent_deadline_makes_rows_that_say_so():
-    rows = core.run_case(
-        "logits", CASE, torch.float32, CPU, 9, memory_too=False, deadline=0.0,
-        found=quick("logits"),
-    )  # fmt: skip
-    assert {r.note for r in rows if not r.is_ceiling} == {core.SPENT}
+    task = dataclasses.replace(TASK, repeats=9)
+    rows = core.run_case("logits", task, deadline=0.0, found=quick("logits"))
+    assert {r.note for r in rows if not r.is_ceiling} == {SPENT}
     assert len(next(r for r in rows if r.is_ceiling).times) == 2  # at least two rounds
 
 
 def test_a_first_call_cannot_outlast_the_deadline(monkeypatch):
-    import time
-
     def endless(inputs):
         time.sleep(600)
 
@@ -217,10 +224,8 @@ def test_a_first_call_cannot_outlast_the_deadline(monkeypatch):
     assert core.first_call_until(began + 0.2) <= began + 0.2
     # Replaced, because a busy machine may reach the call only after a short deadline.
     monkeypatch.setattr(core, "first_call_until", lambda deadline: time.monotonic() + 0.2)
-    rows = core.run_case(
-        "forward", CASE, torch.float32, CPU, 2, memory_too=False, deadline=began + 3600,
-        found=[providers.Provider("endless", endless, ("forward",))],
-    )  # fmt: skip
+    found = [Provider("endless", endless, ("forward",))]
+    rows = core.run_case("forward", TASK, deadline=began + 3600, found=found)
     assert time.monotonic() - began < 300  # half of the sleep: it was not waited for
     assert "more of the time budget than it may" in rows[0].note
 
@@ -228,15 +233,15 @@ def test_a_first_call_cannot_outlast_the_deadline(monkeypatch):
 def test_interleaved_takes_turns():
     order = []
     calls = {n: lambda n=n: order.append(n) for n in "ab"}
-    harness.interleaved(calls, 3, CPU)
+    harness.interleaved(calls, 3)
     assert "".join(order) == "ababababab"
     order.clear()
-    harness.interleaved(calls, {"a": 3, "b": 1}, CPU, warmups=0)
+    harness.interleaved(calls, {"a": 3, "b": 1}, warmups=0)
     assert "".join(order) == "abaa"
 
 
 def test_memory_of_a_known_allocation():
-    peak = harness.resident_extra_peak(lambda: torch.ones(16 << 20).sum())
+    peak = harness.extra_peak(lambda: torch.ones(16 << 20).sum())
     assert 60 << 20 < peak < 140 << 20
 
 
@@ -256,8 +261,7 @@ def test_in_place_leaves_the_inputs_of_the_others_alone():
     """Timed in turn with others, it must not hand them its gradient as their logits."""
     inputs = prepare("logits", make_inputs("logits", CASE, torch.float32, CPU))
     before = inputs.logits.detach().clone()
-    name = "sppo-kernels native, in place"
-    run = core.step(name, core.losses("logits", CPU)[name], inputs, "logits")
+    run = core.step(named("logits", "sppo-kernels native, in place"), inputs, "logits")
     run.setup()
     run()
     assert torch.equal(inputs.logits.detach(), before)
@@ -280,11 +284,11 @@ def test_relative_error_of_the_gate_is_the_testing_modules():
     truth = Truth(inputs)
     value, by_sequence = truth.loss("sppo")
     want = torch.zeros(64, 16, dtype=torch.float64)
-    want[truth.counted] = truth.unit_hidden * by_sequence[truth.sequence][:, None]
+    want[inputs.counted] = truth.unit_hidden * by_sequence[truth.sequence][:, None]
     got = want * (1 + 0.01 * torch.randn_like(want))
     inputs.hidden.grad = got.view_as(inputs.hidden).float()
     expected = relative_error(inputs.hidden.grad.view(64, 16), want)
-    assert truth.error(value, "sppo") == pytest.approx(expected, rel=1e-6)
+    assert truth.error(value, inputs, "sppo") == pytest.approx(expected, rel=1e-6)
 
 
 def test_suites_run(tmp_path):

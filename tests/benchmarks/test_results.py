@@ -2,23 +2,13 @@
 
 import hashlib
 import json
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import (
-    compare,
-    core,
-    game_cases,
-    game_timing,
-    providers,
-    readme,
-    render,
-    trainer_step,
-)
+from benchmarks import compare, core, game_cases, providers, readme, render, trainer_step
 from benchmarks.inputs import Case
 from benchmarks.rows import (
     RESULTS,
@@ -29,7 +19,7 @@ from benchmarks.rows import (
     machine_slug,
     read_json,
     write_json,
-)
+)  # fmt: skip
 
 SCHEMA = json.loads((ROOT / "benchmarks/schema.json").read_text())
 ENV = {
@@ -182,12 +172,12 @@ def test_compare_exits_with_the_verdict(tmp_path, capsys):
     assert "| sppo-kernels native | 1.02 | 1.53 | +50 %" in capsys.readouterr().out
 
 
-def test_a_deliberately_slowed_provider_is_flagged_in_real_runs(monkeypatch):
+def test_a_deliberately_slowed_provider_is_flagged_in_real_runs():
     """Two runs of the same provider agree; the third has it slowed down.
 
     On a clock that only calls advance: on a busy machine the same provider differs from itself.
     """
-    case, cpu = Case(512, 64, 3001), torch.device("cpu")
+    task = core.Task(Case(512, 64, 3001), dtype="float32", repeats=15, memory=False)
     ours = next(q for q in providers.of_group("forward") if q.name == "sppo-kernels native")
 
     now = [0.0]
@@ -200,12 +190,8 @@ def test_a_deliberately_slowed_provider_is_flagged_in_real_runs(monkeypatch):
         now[0] += 0.1
         return ours.loss(inputs)
 
-    monkeypatch.setattr(time, "perf_counter", read)
     slow = providers.Provider(ours.name, slowed, ours.groups)
-    runs = [
-        core.run_case("forward", case, torch.float32, cpu, 15, memory_too=False, found=[q])
-        for q in (ours, ours, slow)
-    ]
+    runs = [core.run_case("forward", task, found=[q], timer=read) for q in (ours, ours, slow)]
     same = verdicts(runs[0], runs[1])["forward", ours.name]
     assert same == "agrees", [r.times for run in runs[:2] for r in run]
     assert verdicts(runs[0], runs[2])["forward", ours.name] == "slower"
@@ -282,37 +268,48 @@ def test_commands_are_dispatched(capsys):
 
 def test_game_rows(tmp_path):
     pytest.importorskip("evalica")
-    rows = [
-        *game_cases.measure_targets(60, 5, 2), *game_cases.measure_nash(40, 5, 2),
-        *game_cases.measure_bradley_terry(60, 5, 2), *game_cases.measure_aggregate(60, 5, 20, 2),
-        *game_cases.measure_tournament(60, 5, 2),
+    cases = [
+        game_cases.targets_case(60, 5), game_cases.nash_case(40, 5),
+        game_cases.win_rates_case(9, 3), game_cases.bradley_terry_case(60, 5),
+        game_cases.aggregate_case(60, 5, 20), game_cases.tournament_case(60, 5),
+        game_cases.nash_case(2, 40, peers=False, methods=("simplex", "mirror")),
+        *game_cases.linearity_cases(4, 20),
     ]  # fmt: skip
+    rows = [row for case in cases for row in case.measure(2)]
+    assert not [r.note for r in rows if not r.times]
     write_json(tmp_path / "games.json", rows, ENV)
     validate(json.loads((tmp_path / "games.json").read_text()))
     names = {r.provider for r in rows}
-    assert {
-        "sppo-kernels native",
-        "lean eager",
-        "evalica",
-        "choix",
-        "nashpy",
-        "scipy linprog",
-    } <= names
-    ours = [r for r in rows if r.provider == game_timing.NATIVE]
+    assert names >= {
+        "sppo-kernels native", "lean eager", "evalica", "choix", "nashpy", "scipy linprog",
+    }  # fmt: skip
+    ours = [r for r in rows if r.provider == game_cases.NATIVE and r.per != "comparison"]
     assert all(r.error is not None and r.error < 1e-5 for r in ours)
 
 
-def test_a_wrong_game_is_refused(monkeypatch):
+@pytest.mark.parametrize("name", ["nash", "win_rates"])
+def test_a_wrong_game_is_refused(name, monkeypatch):
     def wrong(p, **options):
         found = right(p, **options)
+        if name == "win_rates":
+            return found + 1e-6
         strategy = found.strategy.clone()
         strategy[7] = strategy[7].flip(0)  # of one game only
         return found._replace(strategy=strategy)
 
-    right = game_cases.nash
-    monkeypatch.setattr(game_cases, "nash", wrong)
-    with pytest.raises(game_timing.Refused, match="sppo-kernels native: wrong by"):
-        game_cases.measure_nash(40, 5, 1)
+    right = getattr(game_cases, name)
+    monkeypatch.setattr(game_cases, name, wrong)
+    rows = getattr(game_cases, f"{name}_case")(40, 5).measure(1)
+    assert rows[0].note.startswith("refused: wrong by") and not rows[0].times
+    assert all(r.times for r in rows[1:])
+
+
+def test_a_games_peer_that_is_not_installed_is_a_row_that_says_so(monkeypatch):
+    monkeypatch.setattr(game_cases, "missing", lambda name: f"{name} is not installed")
+    rows = game_cases.bradley_terry_case(20, 5).measure(1)
+    assert [r.note for r in rows] == [
+        "", "cannot run: evalica is not installed", "cannot run: choix is not installed",
+    ]  # fmt: skip
 
 
 def test_trainer_rows_are_refused_when_the_steps_were_others():

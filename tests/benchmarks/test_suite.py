@@ -10,15 +10,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import (
-    core,
-    gpu,
-    suite,
-)
-from benchmarks.rows import (
-    Row,
-    read_json,
-)
+from benchmarks import gpu, suite
+from benchmarks.core import Task
+from benchmarks.harness import SPENT
+from benchmarks.rows import Row, read_json
 from tests.benchmarks.test_results import ENV, sample, validate
 
 
@@ -40,7 +35,7 @@ def test_a_plan_stays_within_its_budget(plan, budget):
     def execute(job, seconds):
         given.append((job, seconds))
         clock.now += seconds  # a device so slow that every job takes all it may
-        return [Row(g, job.title, job.dtype, "eager", [1.0]) for g in job.groups]
+        return [Row(g, job.name(g), job.dtype, "eager", [1.0]) for g in job.groups]
 
     rows = suite.run_plan(plan, budget, execute, clock=clock, after=lambda r: kept.append(len(r)))
     assert clock.now - 100 <= budget + 1e-6
@@ -49,7 +44,7 @@ def test_a_plan_stays_within_its_budget(plan, budget):
     assert all(seconds <= job.share * budget for job, seconds in given)
     assert len(rows) == sum(len(job.groups) for job in plan)
     late = [r for r in rows if not r.times]
-    assert {r.note for r in late} <= {suite.SPENT}
+    assert {r.note for r in late} <= {SPENT}
     assert len(late) == sum(len(job.groups) for job in plan[len(given) :])
     assert len(kept) == len(plan)
 
@@ -65,8 +60,8 @@ def test_a_fast_device_gets_the_whole_plan():
     assert rows == []
 
 
-def test_plans_hold_the_shapes_that_count():
-    shapes = [j.title for j in suite.cuda_plan()]
+def test_plans_hold_the_shapes_that_count(tmp_path):
+    shapes = [j.name(j.groups[0]) for j in suite.cuda_plan()]
     assert shapes[0] == "N=8192 V=128256 D=4096"
     for title in ("N=8192 V=151936 D=896", "N=4096 V=256000 D=3584 softcap=30",
                   "N=16384 V=128256 D=2048"):  # fmt: skip
@@ -74,11 +69,11 @@ def test_plans_hold_the_shapes_that_count():
     groups = {g for j in suite.cpu_plan() for g in j.groups}
     assert groups == set(suite.ALL_GROUPS)
     for job in (*suite.cpu_plan(), *suite.cuda_plan()):
-        if job.module == "benchmarks.core":
-            core.arguments([*job.options, "--json", "x", "--seconds", "1"])  # it is understood
+        if job.task:  # a process understands what it is given
+            assert Task.parse(job.command(tmp_path, 1.0)[-1]) == job.task
     cut = suite.select(suite.cpu_plan(), ["forward"], ["bfloat16"])
     assert {j.groups for j in cut} == {("forward",)}
-    assert not any("trainable" in j.options for j in cut)
+    assert not any("trainable" in j.task.text() for j in cut)
     assert sum(j.share for j in cut) == pytest.approx(1)  # nothing else needs the time
     assert suite.select(suite.cpu_plan(), [], []) == suite.cpu_plan()
 
@@ -106,11 +101,11 @@ def test_run_measures_and_writes_everything(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("code, seconds, note", [
-    ("import time; time.sleep(600)", 2.0, suite.SPENT),
+    ("import time; time.sleep(600)", 2.0, SPENT),
     ("raise SystemExit(3)", 600.0, "failed with status 3"),  # a busy machine starts it late
 ])  # fmt: skip
 def test_a_job_that_hangs_or_fails_becomes_rows_that_say_so(code, seconds, note, monkeypatch):
-    job = suite.Job("unused", ("trainable", "frozen"), "N=1")
+    job = suite.Job(1.0, Task(suite.Case(64, 8, 9), ("trainable", "frozen")))
     monkeypatch.setattr(suite.Job, "command", lambda *_: [sys.executable, "-c", code])
     log = open("/dev/null", "w")  # noqa: SIM115
     began = time.monotonic()

@@ -9,148 +9,120 @@ import torch
 
 pytest.importorskip("scipy")
 
-from benchmarks import sweep_cases as cases
-from benchmarks import sweeps
-from benchmarks.harness import Refused
-from benchmarks.sweep_cases import IGNORED, Point
+from benchmarks import providers, sweeps
+from benchmarks.harness import CPU
+from benchmarks.inputs import IGNORED, Case, lengths, make_inputs
+from benchmarks.sweep_fit import SweepRow, fit
+from tests.benchmarks.test_benchmarks import gate, quick
 
-CPU = torch.device("cpu")
-SMALL = Point(40, 16, 211, prompt=0.3, spread=1.0, responses=4)
+SMALL = Case(40, 16, 211, prompt=0.3, spread=1.0, responses=4)
+BASE = Case(256, 64, 1000, prompt=0.0, spread=0.0)
+PLAN = sweeps.Plan(BASE, "float32", repeats=1)
 
 
-@pytest.mark.parametrize(
-    "point",
-    [
-        Point(512, 8, 16),
-        Point(512, 8, 16, spread=1.5),
-        Point(7, 8, 16, spread=1.5, responses=7),  # one row each
-        Point(1001, 8, 16, spread=0.5, responses=2),
-    ],
-    ids=str,
-)
-def test_lengths_add_up_and_spread_as_asked(point):
-    found = cases.lengths(point)
-    assert len(found) == point.responses and sum(found) == point.rows and min(found) >= 1
-    if point.spread == 0:
-        assert max(found) - min(found) <= 1
-    elif point.rows > 100:
-        logs = torch.tensor(found).double().log()
+@pytest.mark.parametrize("changes", [
+    {}, {"spread": 1.5}, {"rows": 7, "spread": 1.5, "responses": 7},  # one row each
+    {"rows": 1001, "spread": 0.5, "responses": 2},
+])  # fmt: skip
+def test_lengths_add_up_and_spread_as_asked(changes):
+    case = BASE._replace(**{"rows": 512} | changes)
+    found = lengths(case)
+    assert len(found) == case.responses and found.sum() == case.rows and found.min() >= 1
+    if case.spread == 0:
+        assert found.max() - found.min() <= 1
+    elif case.rows > 100:
+        logs = found.double().log()
         normal = statistics.NormalDist()
-        share = [normal.inv_cdf((i + 0.5) / point.responses) for i in range(point.responses)]
+        share = [normal.inv_cdf((i + 0.5) / case.responses) for i in range(case.responses)]
         assert logs.std(correction=0) == pytest.approx(
-            point.spread * statistics.pstdev(share), rel=0.1
+            case.spread * statistics.pstdev(share), rel=0.1
         )
 
 
 def test_fewer_rows_than_responses_are_refused():
-    with pytest.raises(ValueError, match="at least 8"):
-        cases.lengths(Point(7, 8, 16))
+    for case in (BASE._replace(rows=7), Case(7, 8, 16)):
+        with pytest.raises(ValueError, match="at least 8"):
+            make_inputs("linear", case, torch.float32, CPU)
 
 
 def test_packed_and_padded_are_the_same_rows(generator):
-    batch = cases.make(SMALL, torch.float32, CPU, generator.initial_seed())
-    s, t, d = batch.padded.shape
-    flat = batch.padded.detach().view(-1, d)
-    assert torch.equal(flat[batch.at], batch.hidden.detach())
-    assert torch.equal(batch.labels_padded.view(-1)[batch.at], batch.labels)
-    outside = torch.ones(s * t, dtype=torch.bool)
-    outside[batch.at] = False
-    assert outside.any() and (flat[outside] == 0).all()
-    assert (batch.labels_padded.view(-1)[outside] == IGNORED).all()
-    share = 1 - batch.counted / SMALL.rows
-    assert abs(share - SMALL.prompt) < 0.1
-    firsts = batch.labels[batch.bounds[:-1]]
-    assert (firsts == IGNORED).any(), "prompts come first"
+    inputs = make_inputs("linear", SMALL, torch.float32, CPU, generator.initial_seed())
+    packed = inputs.packed()
+    at = [(s, t) for s, n in enumerate(inputs.ends) for t in range(n)]
+    assert packed.labels.tolist() == [int(inputs.labels[i]) for i in at]
+    assert torch.equal(packed.hidden, torch.stack([inputs.hidden[i] for i in at]))
+    assert packed.bounds.tolist() == [0, *inputs.ends.cumsum(0)] and len(packed.labels) == 40
+    outside = torch.arange(inputs.labels.shape[1]) >= inputs.ends[:, None]
+    assert outside.any() and (inputs.labels[outside] == IGNORED).all()
+    assert packed.count == inputs.count and abs(1 - inputs.count / 40 - SMALL.prompt) < 0.1
+    assert (packed.labels[packed.bounds[:-1]] == IGNORED).any(), "prompts come first"
 
 
-@pytest.mark.parametrize("name", ["sppo-kernels native", "eager", "TRL chunked"])
-def test_providers_pass_the_gate(name, generator):
-    if name == "TRL chunked":
-        pytest.importorskip("trl")
-    loss = cases.losses(CPU, peers=True)[name]
-    error = cases.gate(loss, SMALL, torch.float32, CPU, generator.initial_seed())
-    assert error < 1e-4
+@pytest.mark.parametrize("gate_rows", [None, 16])
+def test_providers_pass_the_gate_packed_and_padded(gate_rows):
+    for q in quick("trainable"):
+        assert gate(q, "trainable", SMALL, gate_rows) < 1e-4
 
 
 @pytest.mark.parametrize("wrong", [1.01, float("nan")])
 def test_a_wrong_provider_is_refused_and_its_row_says_so(wrong, monkeypatch):
-    right = cases.ours
-    monkeypatch.setattr(cases, "ours", lambda b, impl: right(b, impl) * wrong)
-    with pytest.raises(Refused, match="wrong by"):
-        cases.gate(cases.losses(CPU, False)["sppo-kernels native"], SMALL, torch.float32, CPU, 0)
-    rows = sweeps.measure("N", 40, SMALL, torch.float32, CPU, 1)
-    by_name = {r.provider: r for r in rows}
-    assert "refused" in by_name["sppo-kernels native"].note
-    assert not by_name["sppo-kernels native"].times and by_name["eager"].times
+    right = providers.ours_linear
+    monkeypatch.setattr(providers, "ours_linear", lambda i, impl: right(i, impl) * wrong)
+    rows = {r.provider: r for r in sweeps.measure("N", 40, SMALL, PLAN)}
+    assert rows["sppo-kernels native"].note.startswith("refused: wrong by")
+    assert not rows["sppo-kernels native"].times and rows["eager"].times
 
 
 def test_a_point_has_times_flops_error_and_memory():
-    rows = {r.provider: r for r in sweeps.measure("length spread", 1, SMALL, torch.float32, CPU, 2)}
-    assert set(rows) == {"sppo-kernels native", "eager", "bare GEMMs"}
-    batch = cases.make(SMALL, torch.float32, CPU, 0)
+    plan = replace(PLAN, repeats=2)
+    rows = {r.provider: r for r in sweeps.measure("length spread", 1, SMALL, plan)}
+    assert set(rows) == {"sppo-kernels native", "eager", "bare GEMMs (3)"}
+    inputs = make_inputs("linear", SMALL, torch.float32, CPU)
     for name, row in rows.items():
         assert len(row.times) == 2 and min(row.times) > 0 and row.extra_peak is not None
-        assert row.x == batch.labels_padded.numel(), "the spread is fitted over padded rows"
-        counted = batch.labels_padded.numel() if name == "eager" else batch.counted
-        assert row.flops == 6 * counted * SMALL.dim * SMALL.vocab
-        assert (row.error is None) == (name == "bare GEMMs")
+        assert row.x == inputs.labels.numel(), "the spread is fitted over padded rows"
+        counted = inputs.labels.numel() if name == "eager" else inputs.count
+        assert row.flops == pytest.approx(6 * counted * SMALL.dim * SMALL.vocab)
+        assert (row.error is None) == name.startswith("bare GEMMs")
 
 
 def _rows(exponent, noise=0.0):
     return [
-        sweeps.Row("N", x, x, "c", "float32", "p", [3 * x**exponent * (1 + noise * (-1) ** i), 1e9],
-                   flops=5 * x**2, extra_peak=int(1000 * x))
+        SweepRow("N", "c", "float32", "p", [3 * x**exponent * (1 + noise * (-1) ** i), 1e9],
+                 flops=5 * x**2, extra_peak=int(1000 * x), value=x, x=x)
         for i, x in enumerate((512.0, 1024.0, 2048.0, 4096.0))
     ]  # fmt: skip
 
 
 def test_the_exponent_of_a_power_law_is_found():
-    found = sweeps.fit("N", "p", "seconds", _rows(1.7))
+    found = fit("seconds", _rows(1.7))
     assert abs(found.exponent - 1.7) < 1e-9 and found.stderr < 1e-6 and found.r2 > 1 - 1e-9
     assert abs(found.expected - 2) < 1e-9 and found.points == 4
-    noisy = sweeps.fit("N", "p", "seconds", _rows(1.0, noise=0.2))
+    noisy = fit("seconds", _rows(1.0, noise=0.2))
     assert noisy.stderr > 0.01 and abs(noisy.exponent - 1.0) < 3 * noisy.stderr
-    memory = sweeps.fit("N", "p", "extra_peak", _rows(1.7))
+    memory = fit("extra_peak", _rows(1.7))
     assert abs(memory.exponent - 1) < 1e-3 and memory.expected is None
-    assert sweeps.fit("N", "p", "seconds", _rows(1.0)[:1]) is None, "one point has no exponent"
-    assert sweeps.fit("N", "p", "seconds", _rows(1.0)[:2]).stderr is None, "two have no error"
+    assert fit("seconds", _rows(1.0)[:1]) is None, "one point has no exponent"
+    assert fit("seconds", _rows(1.0)[:2]).stderr is None, "two have no error"
     absent = [replace(r, times=[]) for r in _rows(1.0)]
-    assert sweeps.fit("N", "p", "seconds", absent) is None
+    assert fit("seconds", absent) is None
 
 
 def test_one_parameter_varies():
-    base = Point(256, 64, 1000)
-    assert sweeps.at("N", 512, base) == replace(base, rows=512)
-    assert sweeps.at("V", 512, base) == replace(base, vocab=512)
-    assert sweeps.at("D", 512, base) == replace(base, dim=512)
-    assert sweeps.at("K", 16, base) == replace(base, rows=512, responses=16)
+    assert sweeps.at("N", 512, BASE) == BASE._replace(rows=512)
+    assert sweeps.at("V", 512, BASE) == BASE._replace(vocab=512)
+    assert sweeps.at("D", 512, BASE) == BASE._replace(dim=512)
+    assert sweeps.at("K", 16, BASE) == BASE._replace(rows=512, responses=16)
     for sweep, values in sweeps.VALUES.items():
         if sweep not in sweeps.GAMES:
-            points = {sweeps.at(sweep, v, base) for v in values}
-            assert len(points) == len(values)
+            assert len({sweeps.at(sweep, v, BASE) for v in values}) == len(values)
     with pytest.raises(ValueError, match="expected one of"):
-        sweeps.at("T", 1, base)
-
-
-@pytest.mark.parametrize("name", ["nash", "win_rates"])
-def test_games_are_gated(name, monkeypatch):
-    games = cases.random_games(20, 5, seed=1)
-    assert cases.game_gate(name, games, "native") <= 1e-10
-    right = getattr(cases.sk, name)
-
-    def wrong(p, **options):
-        found = right(p, **options)
-        return found._replace(strategy=found.strategy.flip(-1)) if name == "nash" else found + 1e-6
-
-    monkeypatch.setattr(cases.sk, name, wrong)
-    with pytest.raises(Refused, match="wrong by"):
-        cases.game_gate(name, games, "native")
-    (row,) = sweeps.measure_games(f"K of {name}", 5, 20, CPU, 1)
-    assert "refused" in row.note and not row.times
+        sweeps.at("T", 1, BASE)
 
 
 def test_what_the_budget_has_no_room_for_is_named():
-    found = list(sweeps.run(["N", "K of nash"], Point(64, 64, 512), torch.float32, CPU, 1, 0.0))
+    plan = replace(PLAN, base=BASE._replace(rows=64, vocab=512))
+    found = list(sweeps.run(["N", "K of nash"], plan, 0.0))
     assert all(isinstance(f, str) for f in found)
     assert len(found) == len(sweeps.VALUES["N"]) + len(sweeps.VALUES["K of nash"])
     assert found[0].startswith("N = 512: about")
