@@ -37,8 +37,9 @@ def batch(generator, rows: int = 3, length: int = 11, vocab: int = V):
 
 
 def eager_logps(model, ids, labels, mask=None):
-    """log_softmax of the model's own logits at the labels: [B, T-1] float32."""
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    """log_softmax of the model's own logits at the labels, after virtual tokens: [B, T-1]."""
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    logits = logits[:, -ids.shape[1] : -1]
     logps = torch.log_softmax(logits.float(), -1)
     wanted = labels[:, 1:]
     picked = logps.gather(-1, wanted.clamp_min(0)[..., None])[..., 0]

@@ -143,11 +143,27 @@ def test_dora_beside_another_adapter_is_refused():
         find_head(causal_lm(model))
 
 
-def test_prompt_learning_is_refused():
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+def test_virtual_tokens_before_the_text_count(kind, generator):
     peft = pytest.importorskip("peft")
-    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.raises(HeadProbeError, match="PROMPT_TUNING changes what the model sees"):
-        causal_lm(peft.get_peft_model(llama(), prompt))
+    settings = {"encoder_hidden_size": 16} if kind == "PromptEncoderConfig" else {}
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3, **settings)
+    torch.manual_seed(0)
+    base = llama()
+    model = peft.get_peft_model(base, config).eval()
+    check(model, generator)
+    ids, labels, mask = batch(generator)
+    moved = model_token_logps(model, ids, labels, mask) - eager_logps(base, ids, labels, mask)
+    assert moved.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["XLORA", "POLY"])
+def test_adapters_mixed_by_input_are_refused(kind):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), lora())
+    model.active_peft_config.peft_type = f"PeftType.{kind}"
+    with pytest.raises(HeadProbeError, match=f"{kind} changes what the model sees"):
+        causal_lm(model)
 
 
 def test_data_parallel_is_refused():
@@ -281,7 +297,7 @@ def test_a_tie_that_fsdp_broke_is_refused():
         find_head(model).parameters()
 
 
-def test_meta_and_offloaded_weights_are_refused(generator):
+def test_meta_weights_are_refused_and_offloaded_ones_loaded(generator):
     accelerate = pytest.importorskip("accelerate")
     ids, labels, mask = batch(generator)
     model = llama()
@@ -290,9 +306,11 @@ def test_meta_and_offloaded_weights_are_refused(generator):
         model_token_logps(model, ids, labels, mask, check=False)
     model = llama()
     accelerate.cpu_offload(model.lm_head, execution_device=torch.device("cpu"))
-    assert eager_logps(model, ids, labels, mask).isfinite().all()  # the model itself runs
-    with pytest.raises(HeadProbeError, match="offloaded by accelerate"):
-        model_token_logps(model, ids, labels, mask)
+    wanted = eager_logps(model, ids, labels, mask)
+    torch.testing.assert_close(model_token_logps(model, ids, labels, mask), wanted)
+    assert model.lm_head.weight.is_meta  # freed again
+    with pytest.raises(HeadProbeError, match="offloaded by accelerate"):  # out of its forward
+        find_head(model).parameters()
 
 
 @pytest.fixture
