@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+DOCS = Path(__file__).resolve().parents[1] / "docs/models.md"
 V = 101  # odd: no kernel sees a whole vector
+
+
+def write_table(name: str, table: str) -> None:
+    """Put a table between its two comments in docs/models.md."""
+    before, rest = DOCS.read_text().split(f"<!-- {name} -->\n", 1)
+    _, after = rest.split(f"<!-- /{name} -->", 1)
+    DOCS.write_text(f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}")
 
 
 def llama(tied: bool = False, vocab: int = V, **config):

@@ -284,7 +284,9 @@ def test_the_check_looks_at_a_small_part_with_text_in_it(left, generator, monkey
     seen = []
     observe = probe._observe
     monkeypatch.setattr(
-        probe, "_observe", lambda m, h, inputs, *a: (seen.append(inputs), observe(m, h, inputs, *a))[1]
+        probe,
+        "_observe",
+        lambda m, h, inputs, *a: (seen.append(inputs), observe(m, h, inputs, *a))[1],
     )
     model, (ids, labels, _) = llama(), batch(generator, rows=5, length=90)
     mask = torch.ones_like(ids)

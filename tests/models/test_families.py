@@ -17,9 +17,8 @@ transformers = pytest.importorskip("transformers")
 from sppo_kernels.integrations.transformers import model_token_logps  # noqa: E402
 from sppo_kernels.models.head import SCALES, SOFTCAPS, HeadProbeError, find_head  # noqa: E402
 from sppo_kernels.testing import assert_within_budget, sensitivity  # noqa: E402
+from tests.head_cases import DOCS, V, write_table  # noqa: E402
 
-DOCS = Path(__file__).resolve().parents[2] / "docs/models.md"
-V = 101  # odd: no kernel sees a whole vector
 BASE = {
     "vocab_size": V, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
     "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -260,7 +259,7 @@ def test_log_probs_and_gradients_are_those_of_the_logits(family, generator):
     if head.softcap is not None:
         assert logits.abs().max() > 0.5 * head.softcap
     if "after layers of its own" in said:  # which nobody has looked at without a probe
-        with pytest.raises(HeadProbeError, match="has .* beside it: only a probe can tell"):
+        with pytest.raises(HeadProbeError, match=r"has .* beside it: only a probe can tell"):
             model_token_logps(model, ids, labels, mask, check=False)
 
 
@@ -330,6 +329,4 @@ def test_the_table_in_the_docs_is_this_one():
 
 
 if __name__ == "__main__":
-    before, rest = DOCS.read_text().split("<!-- families -->\n", 1)
-    _, after = rest.split("<!-- /families -->", 1)
-    DOCS.write_text(f"{before}<!-- families -->\n{table()}\n<!-- /families -->{after}")
+    write_table("families", table())

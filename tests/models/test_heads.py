@@ -143,7 +143,9 @@ def test_dora_beside_another_adapter_is_refused():
         find_head(causal_lm(model))
 
 
-@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize(
+    "kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"]
+)
 def test_virtual_tokens_before_the_text_count(kind, generator):
     peft = pytest.importorskip("peft")
     settings = {"encoder_hidden_size": 16} if kind == "PromptEncoderConfig" else {}
@@ -280,6 +282,26 @@ def test_a_shard_is_refused(generator):
     ids, labels, mask = batch(generator)
     with pytest.raises(HeadProbeError, match="a shard or flat parameter"):
         model_token_logps(model, ids, labels, mask, check=False)
+
+
+class FSDPModule:
+    """What torch's fully_shard puts among the bases of a layer's class."""
+
+
+def test_an_fsdp_unit_that_is_not_the_whole_head_is_refused(generator):
+    """An adapter's layer runs as its own; the unit below it is whole only in another forward."""
+    model = adapted(lora())
+    layer = causal_lm(model).lm_head.base_layer
+    layer.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})
+    with pytest.raises(HeadProbeError, match="FSDP unit of its own"):
+        find_head(causal_lm(model))
+    fsdp1 = llama()
+    fsdp1.lm_head = type("FullyShardedDataParallel", (nn.Linear,), {})(32, V, bias=False)
+    with pytest.raises(HeadProbeError, match="FSDP unit of its own"):
+        find_head(fsdp1)
+    fsdp2 = llama()  # its hooks make the weight whole for the head's forward
+    fsdp2.lm_head.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})
+    check(fsdp2, generator)
 
 
 def test_a_tie_that_fsdp_broke_is_refused():
