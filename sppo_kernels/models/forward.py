@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sppo_kernels.models.head import Head
@@ -58,8 +59,12 @@ class Tap:
         if self.width is not None and hidden.shape[-2] > self.width:
             hidden = hidden[..., -self.width :, :]
         self.result = self.compute(hidden, weight, **options)
-        placeholder = given.new_zeros(*given.shape[:-1], 1)
-        return placeholder + _zero(self.result, placeholder)
+        placeholder = hidden.new_zeros(*given.shape[:-1], 1, device=given.device)
+        placeholder = placeholder + _zero(self.result, placeholder)
+        if isinstance(given, DTensor):  # hooks of tensor parallelism expect what they gave
+            mesh = given.device_mesh
+            return DTensor.from_local(placeholder, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return placeholder
 
     def check(self) -> None:
         if self.calls != 1:
