@@ -67,7 +67,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     out = torch.empty(n_seq, dtype=torch.float32, device=values.device)
     if n_seq == 0:
         return out
-    block = config.segment_block()
+    block = config.rows_block("segment")
     with on_device(values):
         segment_sum_kernel[(n_seq,)](
             values.contiguous(),
@@ -89,7 +89,7 @@ def segment_expand(grad: Tensor, cu_seqlens: Tensor, n: int) -> Tensor:
     out = torch.empty(n, dtype=torch.float32, device=grad.device)
     if n == 0:
         return out
-    block = config.segment_block()
+    block = config.rows_block("segment")
     with on_device(grad):
         segment_expand_kernel[(n_seq + 1,)](
             grad.contiguous(),
