@@ -20,7 +20,7 @@ from sppo_kernels.cli import env as cli_env
 from sppo_kernels.cli import main as sppo
 from sppo_kernels.logps.triton import config, row_logps, tables, token_logps, tuning
 from sppo_kernels.testing import relative_error
-from tests.logps.test_triton_checks import DEVICE, IGNORE
+from tests.triton_tools import DEVICE, IGNORE
 
 ROOT = Path(__file__).parents[2]
 GPU = "NVIDIA Pretend 9000"
