@@ -23,7 +23,7 @@ TARGETS = (80, 90, 100)
 N_COLS, N_COLS_ODD = 128256, 128257
 MAX_SHARED = 99 * 1024  # what a program may use on every GPU from sm_80 on
 
-_MODULES = ("token_logps", "token_logps_backward", "segments", "sppo", "row_logps")
+_MODULES = ("token_logps", "token_logps_backward", "segments", "row_logps")
 _MODULES += ("row_stats", "row_stats_backward")
 
 
@@ -90,18 +90,18 @@ def cases() -> list[Case]:
     for name, edges in (("bf16", False), ("bf16", True), ("fp16", False), ("fp32", False)):
         dtype, vec = dtypes[name], config.vector(dtypes[name])
         vocab = N_COLS_ODD if edges else N_COLS
-        block = config.split_block(dtype, vocab)
+        block = config.block("split", dtype, vocab)
         tile = {"BLOCK": block.size, "VEC": vec, "EDGES": edges}
         tag = f"{name}, odd V" if edges else name
         found.append(
             Case(f"partial ({tag})", "partial_kernel", name, tile, block.num_warps, 1, vocab)
         )
-        block = config.backward_block(dtype, vocab)
+        block = config.block("backward", dtype, vocab)
         wide = {**tile, "BLOCK": block.size, "WIDE": True}
         found.append(
             Case(f"backward ({tag})", "backward_kernel", name, wide, block.num_warps, 2, vocab)
         )
-        block = config.row_block(dtype, vocab)
+        block = config.block("row", dtype, vocab)
         plain = {"BLOCK": block.size, "VEC": vec, "EDGES": edges, "WRITE_GRAD": True}
         plain.update(BIAS=False, SCALE=False, CAP=False)
         variants = [(f"rows, gradient ({tag})", plain, 2)]
@@ -118,25 +118,21 @@ def cases() -> list[Case]:
                 Case(label, "row_kernel", name, constexprs, block.num_warps, passes, vocab)
             )
     found += _stats_cases(dtypes)
-    split = config.split_block(torch.bfloat16, N_COLS).size
+    split = config.block("split", torch.bfloat16, N_COLS).size
     slices = 1 << (-(-N_COLS // split) - 1).bit_length()
-    final = config.finalize_block()
+    final = config.rows_block("finalize")
     merge = {"ROWS": max(1, final.size // slices), "SLICES": slices}
     found.append(Case("finalize", "finalize_kernel", "bf16", merge, final.num_warps, 0))
-    segment = config.segment_block()
+    segment = config.rows_block("segment")
     size = {"BLOCK": segment.size}
-    for label, kernel, constexprs in (
-        ("segment sum", "segment_sum_kernel", size),
-        ("segment expand", "segment_expand_kernel", size),
-        ("SPPO, log-ratio units", "sppo_kernel", {**size, "WIN_UNITS": False}),
-        ("SPPO, win-rate units", "sppo_kernel", {**size, "WIN_UNITS": True}),
-    ):
-        found.append(Case(label, kernel, "bf16", constexprs, segment.num_warps, 0))
+    for label in ("segment sum", "segment expand"):
+        kernel = label.replace(" ", "_") + "_kernel"
+        found.append(Case(label, kernel, "bf16", size, segment.num_warps, 0))
     return found
 
 
 def _stats_cases(dtypes: dict) -> list[Case]:
-    """Entropy and its gradient, as impl/triton/row_stats*.py launch them."""
+    """Entropy and its gradient, as logps/triton/row_stats*.py launch them."""
     from sppo_kernels.logps.triton import config
 
     head = dict.fromkeys(("BIAS", "SCALE", "CAP"), False)
@@ -151,13 +147,13 @@ def _stats_cases(dtypes: dict) -> list[Case]:
     ):
         dtype = dtypes[name]
         tile = {"VEC": config.vector(dtype), "EDGES": vocab == N_COLS_ODD, **transform}
-        block = config.stats_block(dtype, vocab)
+        block = config.block("stats", dtype, vocab)
         sizes = {"BLOCK": block.size, **tile, **wanted}
         found.append(
             Case(f"statistics, {label}", "stats_kernel", name, sizes, block.num_warps, 1, vocab)
         )
         if not label.startswith("entropy"):
-            block, label = config.backward_block(dtype, vocab), label.replace("all", "gradient")
+            block, label = config.block("backward", dtype, vocab), label.replace("all", "gradient")
             sizes = {"BLOCK": block.size, **tile}
             found.append(
                 Case(
@@ -173,11 +169,9 @@ def _types(case: Case) -> dict[str, str]:
     rows = dict.fromkeys(("logits", "out", "z", "bias"), "*" + case.dtype)
     if case.kernel.startswith("segment"):
         rows["out"] = "*fp32"
-    small = "part_max part_sum logp lse norm grad values ref_logps win_rate loss logps coef "
-    small += "entropy squares mean grad_logp grad_entropy"
+    small = "part_max part_sum logp norm grad values entropy squares mean grad_logp grad_entropy"
     rows.update(dict.fromkeys(small.split(), "*fp32"))
-    rows.update(dict.fromkeys(("cap", "inv_cap", "eta"), "fp32"))
-    rows["scale"] = "*fp32" if case.kernel == "sppo_kernel" else "fp32"
+    rows.update(dict.fromkeys(("scale", "cap", "inv_cap"), "fp32"))
     rows.update(labels="*i64", cu_seqlens="*i64", top1="*i8")
     return rows
 

@@ -92,17 +92,14 @@ def predictions(reports: list[Report]) -> list[Prediction]:
 
     from sppo_kernels.logps.triton import config
 
-    chosen = {
-        "partial_kernel": config.split_block,
-        "backward_kernel": config.backward_block,
-        "row_kernel": config.row_block,
-    }
+    chosen = {"partial_kernel": "split", "backward_kernel": "backward", "row_kernel": "row"}
     found = []
     for shape in SHAPES:
         for r in reports:
             if not r.sweeps or r.target != 90 or not _belongs(r, shape):
                 continue
-            block = chosen[r.kernel](torch.bfloat16, shape.vocab) if r.kernel in chosen else None
+            name = chosen.get(r.kernel)
+            block = name and config.block(name, torch.bfloat16, shape.vocab)
             if block is not None and block != (r.block, r.num_warps):
                 raise ValueError(f"{r.case}: at {shape} the launcher takes {block}")
             small = _BESIDE.get(r.kernel, 16)
@@ -158,7 +155,6 @@ _LESS_THAN_A_LAUNCH = {
     "finalize_kernel": (_TOKENS * (16 * 8 + 8 + 4 + 8 + 32), "a launch"),
     "segment_sum_kernel": (_TOKENS * 4, "a launch, and latency: a program a sequence"),
     "segment_expand_kernel": (_TOKENS * 4, "a launch, and latency: a program a sequence"),
-    "sppo_kernel": (_TOKENS * (4 + 8 + 4), "a launch, and latency: a program a sequence"),
 }
 _GAMES = {
     "symmetrize_kernel": (16, 8, "memory, if both orders of a pair come from L1"),
