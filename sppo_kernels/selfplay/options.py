@@ -8,7 +8,7 @@ from typing import Any
 
 from sppo_kernels.data.rows import DataError
 from sppo_kernels.games import TARGETS
-from sppo_kernels.judges.load import NAMES
+from sppo_kernels.judges.load import names
 
 
 class OptionError(DataError):
@@ -60,7 +60,7 @@ class GenerateOptions:
 class JudgeOptions:
     """Judging."""
 
-    judge: str = setting("", f"{NAMES}.")
+    judge: str = setting("", f"{names()}.")
     debias: bool = setting(
         True, "Average over both orders, so that a position's advantage cancels."
     )
