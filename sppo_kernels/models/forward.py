@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sppo_kernels.models.head import Head
@@ -61,14 +60,20 @@ class Tap:
         self.result = self.compute(hidden, weight, **options)
         placeholder = hidden.new_zeros(*given.shape[:-1], 1, device=given.device)
         placeholder = placeholder + _zero(self.result, placeholder)
-        if isinstance(given, DTensor):  # hooks of tensor parallelism expect what they gave
-            mesh = given.device_mesh
-            return DTensor.from_local(placeholder, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        return placeholder
+        # hooks of tensor parallelism expect a DTensor where they gave one
+        return _replicated(placeholder, given) if hasattr(given, "full_tensor") else placeholder
 
     def check(self) -> None:
         if self.calls != 1:
             raise refused("calls", name=self.head.name, calls=self.calls)
+
+
+def _replicated(tensor: Tensor, like: Any) -> Tensor:
+    """`tensor`, the same on every rank, as a DTensor on the mesh of `like`."""
+    from torch.distributed.tensor import DTensor, Replicate  # not in every build of torch
+
+    mesh = like.device_mesh
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def _zero(values: Any, like: Tensor) -> Tensor | float:
