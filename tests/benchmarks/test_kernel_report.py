@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import kernels
-from benchmarks.kernel_report import cuda, document, occupancy, predict, sass
+from benchmarks.kernel_report import cuda, document, predict, sass
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "kernels.md"
 needs_nvcc = pytest.mark.skipif(not cuda.available(), reason="needs nvcc")
 
@@ -28,7 +28,7 @@ def undocumented(names, text):
 
 
 def test_every_triton_kernel_has_a_case():
-    found = triton_kernels(ROOT / "sppo_kernels" / "impl" / "triton")
+    found = triton_kernels(ROOT / "sppo_kernels" / "logps" / "triton")
     assert len(found) >= 7 and found == {c.kernel for c in kernels.cases()}
     text = DOCUMENT.read_text()
     assert not [c.label for c in kernels.cases() if text.count(f"| {c.label} | ") < 3]
@@ -73,19 +73,13 @@ def test_the_document_is_of_this_report():
 
 def test_predictions_are_for_the_blocks_that_are_compiled():
     """One compilation serves all shapes only while the launchers choose the same block."""
-    import torch
-
-    from sppo_kernels.logps.triton import config
-
     compiled = {c.label: c for c in kernels.cases()}
     for shape in predict.SHAPES:
-        for label, choose in (
-            ("partial (bf16)", config.split_block),
-            ("backward (bf16)", config.backward_block),
-            ("rows, gradient (bf16)", config.row_block),
-        ):
+        for label in ("partial (bf16)", "backward (bf16)", "rows, gradient (bf16)",
+                      "statistics, all (bf16)", "statistics, gradient (bf16)"):  # fmt: skip
             case = compiled[label]
-            assert choose(torch.bfloat16, shape.vocab) == (case.constexprs["BLOCK"], case.num_warps)
+            block = kernels.block_of(case.kernel, "bf16", shape.vocab)
+            assert block == (case.constexprs["BLOCK"], case.num_warps)
 
 
 SOURCE = """
@@ -160,12 +154,12 @@ def test_a_sweep_is_the_loops_that_take_exponentials():
     ],
 )
 def test_occupancy_by_hand(target, num_warps, registers, shared, warps, limit):
-    assert occupancy.bound(target, num_warps, registers, shared) == (warps, limit)
+    assert sass.occupancy(target, num_warps, registers, shared) == (warps, limit)
 
 
 def test_a_block_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match="registers"):
-        occupancy.bound(90, 32, 128, 0)
+        sass.occupancy(90, 32, 128, 0)
 
 
 def test_predictions_by_hand():
