@@ -26,18 +26,19 @@ TARGETS = (80, 90, 100)
 N_COLS, N_COLS_ODD = 128256, 128257
 MAX_SHARED = 99 * 1024  # what a program may use on every GPU from sm_80 on
 
-# What the report knows of the package: the function of `config` that chooses a kernel's block, and
-# the types of the kernels' arguments where they are not 32-bit integers or those of the rows.
+# What the report knows of the package: the block of `config` that a kernel takes, and the types of
+# the kernels' arguments where they are not 32-bit integers or those of the rows.
 BLOCKS = {
-    "partial_kernel": "split_block",
-    "backward_kernel": "backward_block",
-    "row_kernel": "row_block",
-    "stats_kernel": "stats_block",
-    "stats_grad_kernel": "backward_block",
-    "finalize_kernel": "finalize_block",
-    "segment_sum_kernel": "segment_block",
-    "segment_expand_kernel": "segment_block",
+    "partial_kernel": "split",
+    "backward_kernel": "backward",
+    "row_kernel": "row",
+    "stats_kernel": "stats",
+    "stats_grad_kernel": "backward",
+    "finalize_kernel": "finalize",
+    "segment_sum_kernel": "segment",
+    "segment_expand_kernel": "segment",
 }
+OF_ROWS = ("finalize", "segment")
 ROWS = ("logits", "out", "z", "bias")
 TYPES = {
     "*fp32": (
@@ -56,8 +57,10 @@ def block_of(kernel: str, dtype: str, vocab: int):
     """(size, num_warps) that a kernel's launcher takes without a tuned table."""
     from sppo_kernels.logps.triton import config
 
-    choose = getattr(config, BLOCKS[kernel])
-    return choose() if choose.__code__.co_argcount == 0 else choose(_dtype(dtype), vocab)
+    name = BLOCKS[kernel]
+    if name in OF_ROWS:
+        return config.rows_block(name)
+    return config.block(name, _dtype(dtype), vocab)
 
 
 def _dtype(name: str):

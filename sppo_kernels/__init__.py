@@ -1,5 +1,7 @@
 """Fused kernels, preference games and a thin trainer for Self-Play Preference Optimization."""
 
+import sys as _sys
+
 from sppo_kernels.games.comparisons import aggregate, load_comparisons
 from sppo_kernels.games.solvers import bradley_terry, nash, regularized_nash, tournament
 from sppo_kernels.games.targets import (
@@ -68,3 +70,16 @@ __all__ = [
     "tournament",
     "win_rates",
 ]
+
+# Modules by the names they had before each stood in its room.
+for _old, _new in {
+    "comparisons": "games.comparisons",
+    "nn": "loss.modules",
+    "objectives": "loss.objectives",
+    "pairwise": "loss.pairwise",
+    "preference": "games.targets",
+    "types": "results",
+}.items():
+    globals()[_old] = _sys.modules[f"{__name__}.{_new}"]
+    for _name in [n for n in _sys.modules if f"{n}.".startswith(f"{__name__}.{_new}.")]:
+        _sys.modules[_name.replace(_new, _old, 1)] = _sys.modules[_name]

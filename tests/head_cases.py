@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+DOCS = Path(__file__).resolve().parents[1] / "docs/models.md"
 V = 101  # odd: no kernel sees a whole vector
+
+
+def write_table(name: str, table: str) -> None:
+    """Put a table between its two comments in docs/models.md."""
+    before, rest = DOCS.read_text().split(f"<!-- {name} -->\n", 1)
+    _, after = rest.split(f"<!-- /{name} -->", 1)
+    DOCS.write_text(f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}")
 
 
 def llama(tied: bool = False, vocab: int = V, **config):
@@ -37,8 +47,9 @@ def batch(generator, rows: int = 3, length: int = 11, vocab: int = V):
 
 
 def eager_logps(model, ids, labels, mask=None):
-    """log_softmax of the model's own logits at the labels: [B, T-1] float32."""
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    """log_softmax of the model's own logits at the labels, after virtual tokens: [B, T-1]."""
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    logits = logits[:, -ids.shape[1] : -1]
     logps = torch.log_softmax(logits.float(), -1)
     wanted = labels[:, 1:]
     picked = logps.gather(-1, wanted.clamp_min(0)[..., None])[..., 0]

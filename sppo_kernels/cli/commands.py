@@ -30,26 +30,24 @@ if TYPE_CHECKING:
 class GenerateFiles:
     """Files."""
 
-    prompts: str = setting("Parquet or JSON lines with a column prompt, or text lines.", "")
-    output: str = setting("Parquet file to write.", "")
-    seed: int = setting("Of sampling.", 0)
+    prompts: str = setting("", "Parquet or JSON lines with a column prompt, or text lines.")
+    output: str = setting("", "Parquet file to write.")
+    seed: int = setting(0, "Of sampling.")
 
 
 @dataclass
-class JudgeFiles:
+class Files:
     """Files."""
 
-    input: str = setting("Parquet file with prompt and responses.", "")
-    output: str = setting("Parquet file to write.", "")
+    input: str = setting("", "Parquet file; to convert, JSON lines too.")
+    output: str = setting("", "Parquet file to write.")
 
 
 @dataclass
-class ConvertOptions:
+class ConvertOptions(Files):
     """Files and direction."""
 
-    input: str = setting("Parquet or JSON lines file.", "")
-    output: str = setting("Parquet file to write.", "")
-    to: str = setting("'uclaml' (the released columns) or 'sppo' (this package's rows).", "sppo")
+    to: str = setting("sppo", "'uclaml' (the released columns) or 'sppo' (this package's rows).")
 
     def __post_init__(self) -> None:
         one_of("to", self.to, ("uclaml", "sppo"))
@@ -64,7 +62,7 @@ def generate(files: GenerateFiles, model: ModelOptions, options: GenerateOptions
     print(f"{files.output}: {counts} at max_new_tokens")
 
 
-def judge(files: JudgeFiles, options: JudgeOptions) -> None:
+def judge(files: Files, options: JudgeOptions) -> None:
     """compare the responses of each prompt and write win matrices and win rates"""
     rows, by = data.read_parquet(files.input), load_judge(options.judge)
     rows = selfplay.judge_rows(rows, by, files.output, options)

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from sppo_kernels.data.collate import pad
 from sppo_kernels.data.rows import OverLengthError
 from sppo_kernels.judges.base import JudgeError
 
 logger = logging.getLogger("sppo_kernels")
-
-
-def pad(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Token ids [n, longest] and their mask, 1 where a token is, 0 where `fill` is."""
-    ids = torch.full((len(rows), max(map(len, rows))), fill)
-    mask = torch.zeros_like(ids)
-    for line, row in enumerate(rows):
-        at = slice(ids.shape[1] - len(row), None) if left else slice(len(row))
-        ids[line, at] = torch.tensor(row, dtype=torch.long)
-        mask[line, at] = 1
-    return ids, mask
 
 
 class ModelJudge:

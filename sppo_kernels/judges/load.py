@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import Any
 
+from sppo_kernels import judges
 from sppo_kernels.judges.base import Judge, JudgeError
 from sppo_kernels.judges.function import CallableJudge
-from sppo_kernels.judges.pairrm import PairRMJudge
-from sppo_kernels.judges.recorded import RecordedJudge
-from sppo_kernels.judges.reward import RewardModelJudge
 
-# kind: (class, what follows the colon). A judge of another kind is a file and a line here.
-JUDGES: dict[str, tuple[Any, str]] = {
-    "pairrm": (PairRMJudge, "PATH"),
-    "reward": (RewardModelJudge, "PATH"),
-    "recorded": (RecordedJudge, "FILE"),
-}
-NAMES = ", ".join(f"{kind}:{rest}" for kind, (_, rest) in JUDGES.items()) + " or MODULE:FUNCTION"
+
+def kinds() -> dict[str, tuple[Any, str]]:
+    """kind: (class, what follows the colon), of each file of this room that says `JUDGE`."""
+    found = {}
+    for module in pkgutil.iter_modules(judges.__path__):
+        kind = getattr(importlib.import_module(f"{judges.__name__}.{module.name}"), "JUDGE", None)
+        if kind is not None:
+            found[module.name] = kind
+    return found
+
+
+def names() -> str:
+    """The forms of a judge's name, in words."""
+    return ", ".join(f"{kind}:{rest}" for kind, (_, rest) in kinds().items()) + (
+        " or MODULE:FUNCTION"
+    )
 
 
 def load_judge(spec: str, **options: Any) -> Judge:
@@ -30,8 +39,9 @@ def load_judge(spec: str, **options: Any) -> Judge:
         JudgeError: the name has none of these forms.
     """
     kind, _, rest = spec.partition(":")
+    known = kinds()
     if not rest:
-        raise JudgeError(f"judge: expected {NAMES}, got {spec!r}")
-    if kind in JUDGES:
-        return JUDGES[kind][0](rest, **options)
+        raise JudgeError(f"judge: expected {names()}, got {spec!r}")
+    if kind in known:
+        return known[kind][0](rest, **options)
     return CallableJudge(spec, **options)

@@ -185,3 +185,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             state |= torch.load(file, map_location="cpu", weights_only=True)
     return state
+
+
+JUDGE = (PairRMJudge, "PATH")  # `--judge pairrm:PATH`

@@ -90,3 +90,6 @@ class RecordedJudge:
         if unseen:
             logger.warning("recorded judge: %d ordered pairs were never compared", unseen)
         return result
+
+
+JUDGE = (RecordedJudge, "FILE")  # `--judge recorded:FILE`

@@ -83,3 +83,6 @@ class RewardModelJudge(ModelJudge):
         """See `Judge.logits`."""
         scores = self.scores(prompts, responses)
         return scores[:, :, None] - scores[:, None, :]
+
+
+JUDGE = (RewardModelJudge, "PATH")  # `--judge reward:PATH`

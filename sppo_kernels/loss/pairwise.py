@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sppo_kernels import checks
 from sppo_kernels.loss.objectives import ALIASES, KINDS, REFUSED, Objective, Pair
-from sppo_kernels.loss.sppo import REDUCTIONS
+from sppo_kernels.loss.reduce import checked_weights, reduced
 
 __all__ = ["pairwise_loss"]
 
@@ -57,36 +57,6 @@ def pairwise_loss(
 ) -> Tensor:
     """Preference loss of pairs of responses, from the log-probabilities of the responses.
 
-    With a and b the log-ratios log π_θ − log π_ref of y_w (chosen) and y_l (rejected), u and v
-    their log-probabilities a token, x = β(a − b) and ε = label_smoothing, the kinds are
-
-        sppo          ½ [(a − (w_w − ½)/β)² + (b − (w_l − ½)/β)²]    arXiv 2405.00675, eq. 4.4
-        sppo_single   the same with w_w = p, w_l = 1 − p             uclaml/SPPO sppo/trainer.py
-        sppo_hard     (a − ½/β)² + (b + ½/β)²                        eq. 4.7; as TRL and Liger
-        ipo           (a − b − 1/(2β))²                              arXiv 2310.12036, eq. 17
-        inpo          (Δπ_θ − s Δπ_ref − (1 − s) Δπ_t − 1/(2β))²      arXiv 2407.00617
-        dpo, sigmoid  −(1 − ε) log σ(x) − ε log σ(−x)                arXiv 2305.18290, eq. 7; cDPO
-        spin          −log σ(x)                                      arXiv 2401.01335
-        robust        [−(1 − ε) log σ(x) + ε log σ(−x)] / (1 − 2ε)   arXiv 2403.00409
-        hinge         max(0, 1 − x)                                  arXiv 2309.06657
-        exo_pair      KL((σ(x), σ(−x)) ‖ (1 − ε, ε))                 arXiv 2402.00856, eq. 16
-        discopop      −σ(−x/τ) log σ(x) + σ(x/τ) e^(−x)              arXiv 2406.08414, eq. 5
-        sigmoid_norm  −log σ(β(a/|y_w| − b/|y_l|))                   arXiv 2411.15124
-        rdpo          −log σ(x + α(|y_w| − |y_l|))                   arXiv 2403.19159
-        dpop          −log σ(β(a − b − λ max(0, −a)))                arXiv 2402.13228
-        aot, aot_unpaired   dpo on sorted margins, log-ratios        arXiv 2406.05882
-        nca_pair      −log σ(βa) − ½ log σ(−βa) − ½ log σ(−βb)       arXiv 2402.05369
-        bco_pair      −log σ(βa − δ) − log σ(−(βb − δ))              arXiv 2404.04656
-        apo_zero      1 − σ(βa) + σ(βb)                              arXiv 2408.06266, eq. 7
-        apo_down      σ(βa) + 1 − σ(x)                               arXiv 2408.06266, eq. 8
-        kto           ½ [1 − σ(β(a − z)) + 1 − σ(β(z − b))]          arXiv 2402.01306
-        simpo         dpo of x = β(u − v) − γ                        arXiv 2405.14734
-        alphapo       simpo of (1 − e^(−αu))/α and v likewise        arXiv 2501.03884
-        cpo           dpo of x = β log π(y_w)/π(y_l), − λ log π(y_w) arXiv 2401.08417, eq. 3
-        orpo          −λu − β log σ(log odds ratio of u, v)          arXiv 2403.07691, eq. 4, 7
-        slic          max(0, δ − log π(y_w)/π(y_l)) − λ log π(y_w)   arXiv 2305.10425
-        rrhf          max(0, v − u) − λ log π(y_w)                   arXiv 2304.05302
-
     Values agree with TRL's and Liger's of the same name; so "sppo_hard" is twice "sppo" with win
     rates 1 and 0.
 
@@ -94,7 +64,7 @@ def pairwise_loss(
         chosen_logps, rejected_logps: [P] log π_θ(y|x), summed over tokens, in nats; differentiable,
             as are all other log-probabilities.
         ref_chosen_logps, ref_rejected_logps: [P] log π_ref(y|x).
-        kind: one of the above; `sppo_kernels.loss.objectives.KINDS` says what each takes.
+        kind: one of those below; `sppo_kernels.loss.objectives.KINDS` says what each takes.
         beta: β, above 0; 1/η for SPPO, η for INPO, λ for ORPO. None is 0.1.
         label_smoothing: ε in [0, 1]; below ½ for "robust", inside (0, 1) for "exo_pair".
         chosen_win, rejected_win: [P] win rates in [0, 1] ("sppo"); chosen_win alone, the
@@ -147,8 +117,19 @@ def pairwise_loss(
         },
     )
     pair = _checked_pair(objective, chosen_logps, rejected_logps, given)
+    if weights is not None and not objective.paired:
+        raise ValueError(f"weights: kind={objective.name!r} sorts, so its rows are no pairs")
     loss = objective.function(pair, settings)
-    return _reduced(objective, loss, weights, reduction)
+    weights = checked_weights(weights, reduction, loss, "chosen_logps", "pair")
+    return reduced(loss, weights, reduction)
+
+
+if pairwise_loss.__doc__ is not None:
+    pairwise_loss.__doc__ += """
+    Kinds, with a and b the log-ratios log π_θ − log π_ref of y_w (chosen) and y_l (rejected), u and
+    v their log-probabilities a token, x = β(a − b), ε = label_smoothing:
+
+""" + "\n".join(f"        {o.name}: {o.equation}  [{o.source}]" for o in KINDS.values())
 
 
 def find_kind(kind: object) -> Objective:
@@ -240,23 +221,3 @@ def _checked_tensor(name: str, value: object, chosen: Tensor) -> Tensor:
     elif name.endswith("_lengths"):
         checks.weights(value, name)
     return value
-
-
-def _reduced(objective: Objective, loss: Tensor, weights: object, reduction: str) -> Tensor:
-    checks.choice("reduction", reduction, REDUCTIONS)
-    if weights is not None:
-        if not objective.paired:
-            raise ValueError(f"weights: kind={objective.name!r} sorts, so its rows are no pairs")
-        weights = checks.floating("weights", weights, 1)
-        checks.shape("weights", weights, loss.shape, "one for each pair")
-        checks.same_device("weights", weights, "chosen_logps", loss)
-        checks.weights(weights)
-        weights = weights.to(loss.dtype)
-        loss = loss * weights
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    if loss.shape[0] == 0:
-        raise ValueError("chosen_logps: expected at least one pair for reduction='mean', got none")
-    return loss.mean() if weights is None else loss.sum() / weights.sum()

@@ -58,12 +58,22 @@ class Tap:
         if self.width is not None and hidden.shape[-2] > self.width:
             hidden = hidden[..., -self.width :, :]
         self.result = self.compute(hidden, weight, **options)
-        placeholder = given.new_zeros(*given.shape[:-1], 1)
-        return placeholder + _zero(self.result, placeholder)
+        placeholder = hidden.new_zeros(*given.shape[:-1], 1, device=given.device)
+        placeholder = placeholder + _zero(self.result, placeholder)
+        # hooks of tensor parallelism expect a DTensor where they gave one
+        return _replicated(placeholder, given) if hasattr(given, "full_tensor") else placeholder
 
     def check(self) -> None:
         if self.calls != 1:
             raise refused("calls", name=self.head.name, calls=self.calls)
+
+
+def _replicated(tensor: Tensor, like: Any) -> Tensor:
+    """`tensor`, the same on every rank, as a DTensor on the mesh of `like`."""
+    from torch.distributed.tensor import DTensor, Replicate  # not in every build of torch
+
+    mesh = like.device_mesh
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def _zero(values: Any, like: Tensor) -> Tensor | float:

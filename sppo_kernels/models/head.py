@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sppo_kernels.models.refusals import HeadProbeError, refused
-from sppo_kernels.models.weight import adapter_state, effective, refuse_if_unsupported
+from sppo_kernels.models.weight import adapter_state, effective, gathered, refuse_if_unsupported
 
 __all__ = ["Head", "HeadProbeError", "causal_lm", "find_head"]
 
@@ -105,7 +105,7 @@ class Head:
         unless autocast decides.
         """
         weight, bias = self.parameters()
-        hidden = hidden.to(weight.device)
+        hidden = gathered(hidden).to(weight.device)
         if not torch.is_autocast_enabled(hidden.device.type):
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
@@ -135,6 +135,21 @@ class Head:
 def _address(weight: Tensor) -> int:
     local = getattr(weight, "_local_tensor", weight)
     return local.data_ptr() or id(weight)
+
+
+def beside(lm: nn.Module, head: Head) -> list[str]:
+    """Modules with weights beside the base model and the head: only a probe tells what they do."""
+    base = getattr(lm, "base_model_prefix", "") or "model"
+    path = head.name.split(".")[1:]
+    found, box = [], lm
+    for part in path if path[0] != base else path[:1]:
+        found += [
+            name
+            for name, module in box.named_children()
+            if name not in (part, base) and next(module.parameters(), None) is not None
+        ]
+        box = getattr(box, part)
+    return found
 
 
 def find_head(lm: nn.Module) -> Head:

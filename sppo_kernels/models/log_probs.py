@@ -46,7 +46,8 @@ def model_token_logps(
         attention_mask: [B, T] or None.
         memory_budget, impl: as in `linear_token_logps`.
         check: compare with the model's own logits on a slice of the batch, once for a model and
-            head (`checked_head`); without it the config is trusted.
+            head (`checked_head`); without it the config is trusted,
+            except for models with further layers beside base model and head.
         model_kwargs: further inputs of the model (position_ids, token_type_ids, ...).
 
     Returns:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from sppo_kernels.logps.linear import linear_token_logps
 from sppo_kernels.models import attention
 from sppo_kernels.models.forward import Tap, replaced
-from sppo_kernels.models.head import Head, causal_lm, find_head
+from sppo_kernels.models.head import Head, beside, causal_lm, find_head
 from sppo_kernels.models.refusals import refused
+from sppo_kernels.models.weight import gathered
 
 __all__ = ["checked_head", "compare", "forget_heads", "probe_head", "probe_packing", "some_ids"]
 
@@ -35,13 +36,16 @@ def checked_head(
 
     Args:
         inputs: of the model, of which a slice is looked at; None for a few made-up tokens.
-        check: False trusts the config.
+        check: False trusts the config, except for models with further layers beside the head.
 
     Raises:
         HeadProbeError: the head is not one that the fused operators compute; says which and why.
     """
     lm = causal_lm(model)
     head = find_head(lm)
+    others = [] if check else beside(lm, head)
+    if others:
+        raise refused("beside", name=head.name, kind=type(lm).__name__, beside=", ".join(others))
     key = (weakref.ref(head.layer), head.state(), impl)
     if check and key not in _proved.setdefault(lm, set()):
         probe_head(model, head, {"input_ids": some_ids(lm)} if inputs is None else inputs, impl)
@@ -96,9 +100,10 @@ def _observe(
 
     def both(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         hidden = hidden * factor if factor != 1 else hidden
-        seen.append((hidden, own(hidden, *args, **kwargs)))
+        out = own(hidden, *args, **kwargs)
+        seen.append((gathered(hidden), gathered(out)))
         tap.forward(hidden)
-        return seen[-1][1]
+        return out
 
     ids = inputs["input_ids"]
     tap = Tap(head, fused, ids.shape[1])
@@ -244,7 +249,7 @@ def _head_input(model: nn.Module, lm: nn.Module, inputs: dict, rows: Tensor) -> 
     seen: list[Tensor] = []
 
     def catch(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        seen.append(hidden)
+        seen.append(gathered(hidden))
         return hidden[..., :1]
 
     with replaced(lm.get_output_embeddings(), catch):

@@ -74,6 +74,12 @@ REFUSALS = {
         "it is more than a matrix",
         LOGITS,
     ),
+    "beside": Refusal(
+        "`check=False` with further layers beside base model and head",
+        "{name}: {kind} has {beside} beside it",
+        "only a probe can tell whether the head is linear",
+        "leave check=True",
+    ),
     "reparametrised": Refusal(
         "old `weight_norm`, pruning by hooks",
         "{name} is reparametrised by hooks ({what})",

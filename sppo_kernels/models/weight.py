@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sppo_kernels.models.refusals import refused
 
-__all__ = ["adapter_state", "effective", "refuse_if_unsupported"]
+__all__ = ["adapter_state", "effective", "gathered", "refuse_if_unsupported"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Packages whose linear layers hold packed or scaled weights, whatever their dtype says.
@@ -170,6 +170,11 @@ def _trainable_tokens(layer: nn.Module, name: str) -> tuple[Tensor, Tensor | Non
     return layer.get_merged_weights(layer.active_adapters), None  # peft applies no bias here
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a DTensor, whose gradient is then taken to be the same on every rank; others as is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def _whole(weight: Tensor, name: str, layer: nn.Module, dim: int = 2) -> Tensor:
     """The full tensor, on a device, or a refusal that says which system holds it."""
     status = getattr(getattr(weight, "ds_status", None), "name", "AVAILABLE")
@@ -179,8 +184,7 @@ def _whole(weight: Tensor, name: str, layer: nn.Module, dim: int = 2) -> Tensor:
         hook = getattr(layer, "_hf_hook", None)
         what = "offloaded by accelerate" if hook is not None else "never loaded"
         raise refused("meta", name=name, what=what)
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
+    weight = gathered(weight)
     if weight.dim() != dim or weight.numel() == 0:
         raise refused("shard", name=name, shape=tuple(weight.shape))
     return weight

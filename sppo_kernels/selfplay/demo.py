@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from sppo_kernels.data.collate import pad
 from sppo_kernels.files import whole_folder
-from sppo_kernels.judges.batching import pad
 from sppo_kernels.optional import require
 from sppo_kernels.selfplay.iterate import Run, iterate
 from sppo_kernels.selfplay.options import (
@@ -39,15 +39,15 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_t
 class DemoOptions:
     """The size of the demo."""
 
-    run_dir: str = setting("Folder of the run; one that exists is gone on with.", "runs/demo")
-    seed: int = setting("Of everything random.", 0)
-    rounds: int = setting("Rounds of self-play.", 3)
-    prompts_per_round: int = setting("Prompts of a round.", 256)
-    eval_prompts: int = setting("Held-out prompts.", 160)
-    warmup_steps: int = setting("Steps of learning the package's sentences.", 400)
-    hidden_size: int = setting("Of the model.", 128)
-    baseline: str = setting("'dpo', or '' for none.", "dpo")
-    quiet: bool = setting("No progress bars.", False)
+    run_dir: str = setting("runs/demo", "Folder of the run; one that exists is gone on with.")
+    seed: int = setting(0, "Of everything random.")
+    rounds: int = setting(3, "Rounds of self-play.")
+    prompts_per_round: int = setting(256, "Prompts of a round.")
+    eval_prompts: int = setting(160, "Held-out prompts.")
+    warmup_steps: int = setting(400, "Steps of learning the package's sentences.")
+    hidden_size: int = setting(128, "Of the model.")
+    baseline: str = setting("dpo", "'dpo', or '' for none.")
+    quiet: bool = setting(False, "No progress bars.")
 
 
 @functools.cache

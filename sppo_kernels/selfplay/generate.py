@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from sppo_kernels.data.collate import pad
 from sppo_kernels.data.rows import read_parquet
 from sppo_kernels.data.tokenize import prompt_token_ids
-from sppo_kernels.judges.batching import pad
 from sppo_kernels.optional import require
 from sppo_kernels.selfplay.load import load_model, pick_device
 from sppo_kernels.selfplay.options import GenerateOptions, ModelOptions

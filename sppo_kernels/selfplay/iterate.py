@@ -102,7 +102,7 @@ def iterate(run: Run, prompts: list[dict[str, Any]]) -> dict[str, list[dict[str,
     loop = run.loop
     held, splits = split_prompts(prompts, loop)
     settings = run.settings() | {"prompts_hash": derive_seed([p["prompt"] for p in prompts])}
-    same_settings(run.folder / "settings.json", settings)
+    same_settings(run.folder / "settings.json", settings, asdict(JudgeOptions()))
     results: dict[str, list[dict[str, Any]]] = {}
     for method in ["sppo"] + ([loop.baseline] if loop.baseline else []):
         path, results[method] = run.model.model, []

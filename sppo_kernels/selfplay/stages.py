@@ -52,8 +52,10 @@ def in_parts(
     return rows
 
 
-def same_settings(path: Path, settings: dict[str, Any]) -> None:
+def same_settings(path: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Write the settings of a run, or refuse to go on with other ones.
+
+    A run that was started before a setting existed had that setting's default.
 
     Raises:
         DataError: the run in this folder was started with other settings; names them.
@@ -62,7 +64,7 @@ def same_settings(path: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         write_json(settings, path)
         return
-    saved = read_json(path)
+    saved = defaults | read_json(path)
     names = sorted(set(saved) | set(settings))
     different = [n for n in names if saved.get(n) != settings.get(n)]
     if different:

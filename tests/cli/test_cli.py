@@ -176,6 +176,12 @@ def test_generate_judge_train_convert(start, prompts, tmp_path, capsys):
     files = flags(model=start, prompts=prompts, output=answers)
     assert main(["generate", *files, *common]) == 0
     assert main(["judge", *flags(input=answers, output=judged, judge=JUDGE)]) == 0
+    nash = tmp_path / "n.parquet"
+    options = flags(input=answers, output=nash, judge=JUDGE, targets="nash")
+    assert main(["judge", *options]) == 0
+    for row, other in zip(read_parquet(judged), read_parquet(nash), strict=True):
+        assert row["win_matrix"] == other["win_matrix"]
+        assert max(other["win_rate"]) <= 0.5 + 1e-6  # nothing beats the equilibrium
     config = tmp_path / "train.yaml"
     config.write_text("eta: 10\nmax_steps: 2\nreport_to: none\nuse_cpu: true\ndisable_tqdm: true\n")
     train = flags(model=start, train_data=judged, output_dir=model, device="cpu", config=config)
@@ -209,6 +215,7 @@ def test_named_errors(tmp_path, start, prompts, capsys):
         (["judge", *flags(input=damaged, output=output, judge=JUDGE)], "cannot be read as Parquet"),
         (["judge", *flags(input=single, output=output, judge=JUDGE)], "at least 2 responses"),
         (["judge", *flags(input=single, output=output, judge="nonsense")], "MODULE:FUNCTION"),
+        (["judge", *flags(input=single, output=output, judge=JUDGE, targets="elo")], "--targets"),
         (["generate", *flags(config=typo)], "unknown settings ['num_respnses']"),
         (["generate", *flags(prompts=prompts, output=output)], "expected --model"),
         (["iterate", *loop_flags(start, prompts, tmp_path, rounds=40)], "at least 46"),

@@ -12,8 +12,8 @@ from sppo_kernels.integrations._swap import IntegrationError, Swap
 from tests.trainer_models import VOCAB, build
 
 
-def eager(model, ids):
-    logp = torch.log_softmax(model(ids).logits.double(), -1)
+def eager(model, ids, temperature=1.0):
+    logp = torch.log_softmax(model(ids).logits.double() / temperature, -1)
     return logp.gather(-1, ids.roll(-1, 1)[..., None])[..., 0]
 
 
@@ -59,13 +59,28 @@ def test_autocast_and_mean_logits(generator):
     torch.testing.assert_close(low["logps"], plain, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("family", ["gemma2-softcap", "cohere-scale", "phi-bias"])
+def test_temperature_divides_the_models_logits(family, generator):
+    """After the scale and the cap: cap(scale z) / T, with its gradient and its mean logit."""
+    model = build(family)
+    ids = torch.randint(3, VOCAB, (2, 6), generator=generator)
+    expected = eager(model, ids, 0.5)
+    with fused_head(model, ids.roll(-1, 1), temperature=0.5, mean_logits=True) as got:
+        logits = model(ids).logits
+    assert logits.shape == (2, 6, 1)  # a placeholder
+    torch.testing.assert_close(got["logps"].double(), expected, rtol=1e-5, atol=1e-5)
+    mean = model(ids).logits.mean(-1) / 0.5
+    torch.testing.assert_close(got["mean_logits"], mean, rtol=1e-4, atol=1e-5)
+    assert (eager(model, ids) - expected).abs().max() > 1e-2  # T counts
+    weight = model.get_output_embeddings().weight
+    mine, theirs = (torch.autograd.grad(x.sum(), weight)[0] for x in (got["logps"], expected))
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
 def test_refusals_and_restoration(generator):
     """Named errors, and the head's own forward back after an error too."""
     model = build("gemma2-softcap")
     ids = torch.randint(3, VOCAB, (2, 6), generator=generator)
-    capped = pytest.raises(IntegrationError, match=r"temperature: expected 1\.0 .*softcapped")
-    with capped, fused_head(model, ids, temperature=0.5):
-        model(ids)
     with pytest.raises(IntegrationError, match="did not use its head"), fused_head(model, ids):
         model.model(ids)
     other = pytest.raises(IntegrationError, match=r"labels of shape \(2, 5\)")

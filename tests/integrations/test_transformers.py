@@ -20,13 +20,13 @@ from torch import nn
 pytest.importorskip("transformers")
 
 import sppo_kernels as sk
-from sppo_kernels.integrations import transformers as functions
 from sppo_kernels.integrations.transformers import (
     model_sequence_logps,
     model_sppo_loss,
     model_token_logps,
 )
-from sppo_kernels.models.head import HeadProbeError, backbone
+from sppo_kernels.models import probe
+from sppo_kernels.models.head import HeadProbeError
 from tests.head_cases import V, assert_same_gradients, batch, eager_logps, llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +112,7 @@ def test_rows_without_a_label_never_reach_the_head(generator):
         out["last_hidden_state"] = out[0].masked_fill(idle[..., None], float("nan"))
         return out
 
-    hook = backbone(model).register_forward_hook(poison)
+    hook = model.model.register_forward_hook(poison)
     model_token_logps(model, ids, labels, mask).sum().backward()
     hook.remove()
     got = model.lm_head.weight.grad
@@ -238,10 +238,8 @@ class Twisted(nn.Linear):
 
 def test_checked_once_and_again_when_the_head_changes(generator, monkeypatch):
     calls = []
-    probe = functions.probe_head
-    monkeypatch.setattr(
-        functions, "probe_head", lambda *a, **k: (calls.append(1), probe(*a, **k))[1]
-    )
+    real = probe.probe_head
+    monkeypatch.setattr(probe, "probe_head", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
     model = llama()
     model.model.layers[0].eval()  # a mode the user set, which the check must leave alone
     modes = [m.training for m in model.modules()]
@@ -258,14 +256,37 @@ def test_checked_once_and_again_when_the_head_changes(generator, monkeypatch):
     with pytest.raises(HeadProbeError, match=r"LlamaForCausalLM.lm_head is Twisted with a forward"):
         model_token_logps(model, ids, labels, mask)
     assert len(calls) == 3
-    assert "forward" not in vars(model)  # errors leave the model as it was
+    assert "forward" not in vars(model.lm_head)  # errors leave the head as it was
+
+
+def doubled(_module, _args, out):
+    return 2 * out
+
+
+def test_a_hook_added_to_the_head_later_is_noticed(generator):
+    model = llama()
+    ids, labels, mask = batch(generator)
+    before = model_token_logps(model, ids, labels, mask)
+    hook = model.lm_head.register_forward_hook(doubled)
+    with pytest.raises(HeadProbeError, match="changes the logits after"):
+        model_token_logps(model, ids, labels, mask)
+    hook.remove()
+    assert torch.equal(model_token_logps(model, ids, labels, mask), before)
+    # One on the head's input is part of the model, and of what is computed.
+    model.lm_head.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
+    got = model_token_logps(model, ids, labels, mask)
+    torch.testing.assert_close(got, eager_logps(model, ids, labels, mask), rtol=2e-5, atol=2e-5)
+    assert (got - before).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 def test_the_check_looks_at_a_small_part_with_text_in_it(left, generator, monkeypatch):
     seen = []
+    observe = probe._observe
     monkeypatch.setattr(
-        functions, "probe_head", lambda lm, head, inputs, impl, **_: seen.append(inputs)
+        probe,
+        "_observe",
+        lambda m, h, inputs, *a: (seen.append(inputs), observe(m, h, inputs, *a))[1],
     )
     model, (ids, labels, _) = llama(), batch(generator, rows=5, length=90)
     mask = torch.ones_like(ids)
@@ -287,7 +308,7 @@ def test_the_cache_keeps_no_model_alive(generator):
     assert gone() is None
 
 
-def test_a_base_model_that_is_called_differently_is_found(generator):
+def test_a_base_model_that_is_called_differently_is_followed(generator):
     """Same head, but forward feeds its base model something else than the caller gave."""
     from transformers import LlamaForCausalLM
 
@@ -296,9 +317,12 @@ def test_a_base_model_that_is_called_differently_is_found(generator):
             return super().forward(input_ids=(input_ids + 1) % V, **kwargs)
 
     model = Shifted(llama().config)
+    plain = LlamaForCausalLM(model.config)
+    plain.load_state_dict(model.state_dict())
     ids, labels, mask = batch(generator)
-    with pytest.raises(HeadProbeError, match="the model called for its hidden"):
-        model_token_logps(model, ids, labels, mask)
+    got = model_token_logps(model, ids, labels, mask)
+    torch.testing.assert_close(got, eager_logps(model, ids, labels, mask))
+    assert (got - model_token_logps(plain, ids, labels, mask)).abs().max() > 1e-3
 
 
 def test_arguments_are_named_in_errors(generator):

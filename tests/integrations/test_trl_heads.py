@@ -135,7 +135,11 @@ def headless(model):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(quantised, "quantised"), (packed, "no weight matrix"), (headless, "no output embedding")],
+    [
+        (quantised, "quantised"),
+        (packed, r"quantised Module \(qweight\)"),
+        (headless, "no linear output embedding"),
+    ],
 )
 def test_heads_that_are_no_float_matrix(change, message):
     model = build("llama-untied")
@@ -153,16 +157,25 @@ def with_adapter(model, generator, **settings):
     wrapped = peft.get_peft_model(model, config)
     with torch.no_grad():
         for name, p in wrapped.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
+            if any(x in name for x in ("lora_B", "modules_to_save", "magnitude", "delta")):
                 p.add_(torch.randn(p.shape, generator=generator) * 0.1)
     return wrapped
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}]
+    "settings",
+    [
+        {},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": list(range(3, 60))},
+    ],
+    ids=["lora", "dora", "bias", "modules_to_save", "trainable_tokens"],
 )
 def test_an_adapted_head_is_merged(settings, generator):
-    model, inputs = build("llama-untied").eval(), batch(generator)
+    tokens = "trainable_token_indices" in settings  # of the embedding and the head tied to it
+    model, inputs = build("llama-tied" if tokens else "llama-untied").eval(), batch(generator)
     utils.add_fused_lm_head(model)
     before = model(**inputs, fused_lm_head=True).log_probs.detach()
     wrapped = with_adapter(model, generator, **settings).eval()
@@ -171,8 +184,7 @@ def test_an_adapted_head_is_merged(settings, generator):
     assert (expected - before).abs().max() > 0.05  # the adapter matters
     torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-4)
     trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
-    names = [n for n in trained if "lm_head" in n]
-    assert names
+    assert any(("embed_tokens" if tokens else "lm_head") in n for n in trained)
     ours = torch.autograd.grad(fused.square().sum(), list(trained.values()))
     theirs = torch.autograd.grad(expected.square().sum(), list(trained.values()))
     for name, a, b in zip(trained, ours, theirs, strict=True):
@@ -183,19 +195,11 @@ def test_an_adapted_head_is_merged(settings, generator):
     assert "get_output_embeddings" not in vars(model)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"lora_dropout": 0.1}, "lora_dropout"),
-        ({"use_dora": True}, "DoRA"),
-        ({"target_modules": ["q_proj"], "trainable_token_indices": [3]}, "TrainableTokens"),
-    ],
-)
-def test_adapters_that_are_no_low_rank_matrix(settings, message, generator):
-    model = build("llama-tied" if "trainable_token_indices" in settings else "llama-untied")
+def test_dropout_on_the_head_is_refused(generator):
+    model = build("llama-untied")
     utils.add_fused_lm_head(model)
-    wrapped = with_adapter(model, generator, **settings)
-    with pytest.raises(HeadProbeError, match=message):
+    wrapped = with_adapter(model, generator, lora_dropout=0.1)
+    with pytest.raises(HeadProbeError, match="lora_dropout"):
         wrapped(**batch(generator), fused_lm_head=True)
 
 

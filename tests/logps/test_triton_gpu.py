@@ -12,7 +12,7 @@ from sppo_kernels.logps.triton import (
     token_logps,
     token_logps_backward,
 )
-from tests.logps.test_triton_checks import IGNORE, assert_within_budget, exact_lse
+from tests.triton_tools import IGNORE, assert_within_budget, exact_lse
 
 pytestmark = pytest.mark.gpu
 

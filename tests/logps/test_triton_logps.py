@@ -6,14 +6,13 @@ import torch
 pytest.importorskip("triton")
 
 from sppo_kernels.logps.triton import token_logps, token_logps_backward
-from tests.logps.test_triton_checks import (  # noqa: F401
+from tests.triton_tools import (
     DEVICE,
     DTYPES,
     IGNORE,
     assert_same,
     assert_within_budget,
     exact_lse,
-    poisoned_empty,
     sizes,
     tiny_blocks,
 )

@@ -85,12 +85,14 @@ def test_opcheck_with_triton():
     logits = torch.randn(3, 7, 67, device=DEVICE, requires_grad=True)
     head = (
         i["hidden"].view(21, 16).requires_grad_(), i["weight"].requires_grad_(), None,
-        i["labels"].view(-1), None, 1.0, None, -100,
+        i["labels"].view(-1), None, 1.0, None, -100, 8, 21, "triton",
     )  # fmt: skip
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     ops = torch.ops.sppo_kernels
     opcheck(ops.token_logps, (logits, i["labels"], -100, False, "triton"), test_utils=tests)
-    opcheck(ops.linear_token_logps, (*head, True, True, 8, 21, "triton"), test_utils=tests)
+    for wanted in (False, True):
+        flags = (wanted, wanted, wanted, wanted, True)
+        opcheck(ops.linear_token_logps, (*head, *flags), test_utils=tests)
 
 
 @pytest.mark.gpu

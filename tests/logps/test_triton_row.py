@@ -6,13 +6,15 @@ import torch
 pytest.importorskip("triton")
 
 from sppo_kernels.logps.triton import row_logps
-from tests.logps.test_triton_checks import (  # noqa: F401
+from tests.triton_tools import (
+    CHUNKS,
     DEVICE,
     DTYPES,
     IGNORE,
+    TRANSFORMS,
     assert_same,
     assert_within_budget,
-    poisoned_empty,
+    chunk,
     sizes,
     tiny_blocks,
 )
@@ -50,36 +52,10 @@ def _check(z, labels, bias, scale, cap):
     assert (z[labels == IGNORE] == 0).all()
 
 
-def _rows(c, v, dtype, generator, width=None, offset=0):
-    """[c, v] inside a NaN-filled storage, its second row ignored and NaN; and labels."""
-    width = width or v
-    storage = torch.full((offset + c * width,), float("nan"), dtype=dtype, device=DEVICE)
-    z = storage[offset:].view(c, width)[:, :v]
-    z.copy_(torch.randn((c, v), generator=generator) * 4)
-    labels = torch.randint(0, v, (c,), generator=generator).to(DEVICE)
-    if c > 1:
-        labels[1] = IGNORE
-        z[1] = float("nan")
-    return z, labels, storage
-
-
-LAYOUTS = {
-    "whole vectors, several tiles": {"c": 3, "v": 64},
-    "rows start anywhere in a vector": {"c": 9, "v": 37},
-    "tile exactly full": {"c": 2, "v": 16},
-    "a row inside one vector": {"c": 5, "v": 3},
-    "one class": {"c": 3, "v": 1},
-    "one row, two tiles and an edge": {"c": 1, "v": 33},
-    "padded rows of whole vectors": {"c": 3, "v": 40, "width": 48},
-    "padded rows that end inside a vector": {"c": 3, "v": 37, "width": 48},
-    "storage offset inside a vector": {"c": 3, "v": 24, "offset": 3},
-}
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("layout", CHUNKS.values(), ids=CHUNKS.keys())
 def test_values_and_gradients(layout, dtype, generator):
-    z, labels, storage = _rows(dtype=dtype, generator=generator, **layout)
+    z, labels, storage = chunk(dtype=dtype, generator=generator, **layout)
     inside = torch.full_like(storage, False, dtype=torch.bool)
     inside.as_strided(z.shape, z.stride(), z.storage_offset()).fill_(True)
     with tiny_blocks():
@@ -87,28 +63,18 @@ def test_values_and_gradients(layout, dtype, generator):
     assert storage[~inside].isnan().all(), "written outside z"
 
 
-TRANSFORMS = {
-    "bias": (True, 1.0, None),
-    "scale": (False, 0.0625, None),
-    "negative scale: -inf outside the row must stay": (False, -0.5, None),
-    "softcap, some logits beyond it": (False, 1.0, 3.0),
-    "softcap far above the logits: tanh near 0": (False, 1.0, 1000.0),
-    "everything": (True, 0.7, 5.0),
-}
-
-
 @pytest.mark.parametrize("vocab", [48, 37], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 def test_bias_scale_and_softcap(transform, vocab, generator):
     has_bias, scale, cap = transform
-    z, labels, _ = _rows(3, vocab, torch.float32, generator)
+    z, labels, _ = chunk(3, vocab, torch.float32, generator)
     bias = torch.randn(vocab, generator=generator).to(DEVICE) if has_bias else None
     with tiny_blocks():
         _check(z, labels, bias, scale, cap)
 
 
 def test_everything_in_bf16(generator):
-    z, labels, _ = _rows(4, 37, torch.bfloat16, generator)
+    z, labels, _ = chunk(4, 37, torch.bfloat16, generator)
     bias = torch.randn(37, generator=generator).to(DEVICE, torch.bfloat16)
     with tiny_blocks():
         _check(z, labels, bias, 0.7, 5.0)
@@ -116,7 +82,7 @@ def test_everything_in_bf16(generator):
 
 def test_production_blocks(generator):
     """Default blocks, more than one tile, an odd vocabulary."""
-    z, labels, _ = _rows(2, 2501, torch.bfloat16, generator)
+    z, labels, _ = chunk(2, 2501, torch.bfloat16, generator)
     _check(z, labels, None, 1.0, 30.0)
 
 
@@ -156,7 +122,7 @@ def test_labels_outside_the_vocabulary_give_nan(label, generator):
 
 
 def test_two_runs_have_the_same_bits(generator):
-    z, labels, _ = _rows(3, 37, torch.bfloat16, generator)
+    z, labels, _ = chunk(3, 37, torch.bfloat16, generator)
     copy = z.clone()
     with tiny_blocks():
         first = row_logps(z, labels, None, 1.0, 5.0, IGNORE, True)
@@ -165,7 +131,7 @@ def test_two_runs_have_the_same_bits(generator):
     assert torch.equal(z, copy)
 
 
-def test_no_rows():
+def test_nochunk():
     z = torch.zeros((0, 5), device=DEVICE)
     labels = torch.zeros(0, dtype=torch.long, device=DEVICE)
     assert row_logps(z, labels, None, 1.0, None, IGNORE, True).shape == (0,)

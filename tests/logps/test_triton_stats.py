@@ -11,15 +11,16 @@ from sppo_kernels.logps import reference
 from sppo_kernels.logps.linear import TOKEN_STATS
 from sppo_kernels.logps.triton import row_stats, row_stats_backward
 from sppo_kernels.testing import assert_within_budget as assert_error
-from tests.logps.test_triton_checks import (  # noqa: F401
+from tests.triton_tools import (
+    CHUNKS,
     DEVICE,
     IGNORE,
+    TRANSFORMS,
     assert_same,
     assert_within_budget,
-    poisoned_empty,
+    chunk,
     tiny_blocks,
 )
-from tests.logps.test_triton_row import LAYOUTS, TRANSFORMS, _rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -65,13 +66,13 @@ def _check(z, labels, bias, scale, cap, generator):
 
 
 # float16 differs from bfloat16 in conversions alone: one layout with tiles and edges
-CASES = [(name, dtype) for name in LAYOUTS for dtype in (torch.float32, torch.bfloat16)]
+CASES = [(name, dtype) for name in CHUNKS for dtype in (torch.float32, torch.bfloat16)]
 CASES.append(("rows start anywhere in a vector", torch.float16))
 
 
 @pytest.mark.parametrize(("layout", "dtype"), CASES, ids=str)
 def test_values_and_gradients(layout, dtype, generator):
-    z, labels, storage = _rows(dtype=dtype, generator=generator, **LAYOUTS[layout])
+    z, labels, storage = chunk(dtype=dtype, generator=generator, **CHUNKS[layout])
     inside = torch.full_like(storage, False, dtype=torch.bool)
     inside.as_strided(z.shape, z.stride(), z.storage_offset()).fill_(True)
     with tiny_blocks():
@@ -83,7 +84,7 @@ def test_values_and_gradients(layout, dtype, generator):
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 def test_bias_scale_and_softcap(transform, vocab, generator):
     has_bias, scale, cap = transform
-    z, labels, _ = _rows(3, vocab, torch.float32, generator)
+    z, labels, _ = chunk(3, vocab, torch.float32, generator)
     bias = torch.randn(vocab, generator=generator).to(DEVICE) if has_bias else None
     with tiny_blocks():
         _check(z, labels, bias, scale, cap, generator)
@@ -92,7 +93,7 @@ def test_bias_scale_and_softcap(transform, vocab, generator):
 @pytest.mark.parametrize("spread", [30.0, 1e-3], ids=["peaked", "flat"])
 def test_production_blocks(spread, generator):
     """Default blocks, more than one tile, an odd vocabulary, everything in the head."""
-    z, labels, _ = _rows(3, 2501, torch.bfloat16, generator)
+    z, labels, _ = chunk(3, 2501, torch.bfloat16, generator)
     z *= spread / 4
     bias = torch.randn(2501, generator=generator).to(DEVICE, torch.bfloat16) * spread
     _check(z, labels, bias, 0.7, 1.5 * spread, generator)
@@ -158,7 +159,7 @@ def test_labels_outside_the_vocabulary_give_nan(label, generator):
 
 
 def test_two_runs_have_the_same_bits(generator):
-    z, labels, _ = _rows(3, 37, torch.bfloat16, generator)
+    z, labels, _ = chunk(3, 37, torch.bfloat16, generator)
     copy = z.clone()
     upstream = torch.randn(2, 3, generator=generator).to(DEVICE)
     args = (labels, None, 1.0, 5.0, IGNORE)
@@ -171,7 +172,7 @@ def test_two_runs_have_the_same_bits(generator):
     assert torch.equal(z, copy)
 
 
-def test_no_rows():
+def test_nochunk():
     z = torch.zeros((0, 5), device=DEVICE)
     labels = torch.zeros(0, dtype=torch.long, device=DEVICE)
     norm, *found = row_stats(z, labels, None, 1.0, None, IGNORE, True, True, True, True)

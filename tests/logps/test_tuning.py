@@ -20,9 +20,9 @@ from sppo_kernels.cli import env as cli_env
 from sppo_kernels.cli import main as sppo
 from sppo_kernels.logps.triton import config, row_logps, tables, token_logps, tuning
 from sppo_kernels.testing import relative_error
-from tests.logps.test_triton_checks import DEVICE, IGNORE
+from tests.triton_tools import DEVICE, IGNORE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GPU = "NVIDIA Pretend 9000"
 BF16 = torch.bfloat16
 ENTRY = {
@@ -48,8 +48,12 @@ def _write(path, *entries, **head):
     tables.forget()
 
 
+def _block(kernel, n_cols=1000):
+    return config.block(kernel, BF16, n_cols, torch.device(DEVICE))
+
+
 def _row_block(n_cols=1000):
-    return config.row_block(BF16, n_cols, torch.device(DEVICE))
+    return _block("row", n_cols)
 
 
 def test_an_entry_serves_its_powers_of_two_and_the_nearest_one_wins(pretend):
@@ -57,9 +61,13 @@ def test_an_entry_serves_its_powers_of_two_and_the_nearest_one_wins(pretend):
     assert _row_block(1000) == (256, 1)
     assert _row_block(1024) == (256, 1)
     assert _row_block(650).size == 512
-    assert _row_block(1025) == config.row_block(BF16, 1025), "the next power of two: the default"
-    assert config.row_block(BF16, 1000) == config.row_block(BF16, 1000, None), "no device, no table"
-    assert config.split_block(BF16, 1000, torch.device(DEVICE)) == config.split_block(BF16, 1000)
+    assert _row_block(1025) == config.block("row", BF16, 1025), "the next power of two: the default"
+    assert config.block("row", BF16, 1000) == config.block("row", BF16, 1000, None), (
+        "no device, no table"
+    )
+    assert config.block("split", BF16, 1000, torch.device(DEVICE)) == config.block(
+        "split", BF16, 1000
+    )
 
 
 def test_the_user_s_file_comes_before_the_package_s(pretend, monkeypatch, tmp_path):
@@ -69,7 +77,7 @@ def test_the_user_s_file_comes_before_the_package_s(pretend, monkeypatch, tmp_pa
     assert _row_block() == (256, 1) and str(pretend) in tables.table(GPU).source
     monkeypatch.setenv("SPPO_KERNELS_TUNED", "0")
     tables.forget()
-    assert _row_block() == config.row_block(BF16, 1000), "0 turns tables off"
+    assert _row_block() == config.block("row", BF16, 1000), "0 turns tables off"
     monkeypatch.delenv("SPPO_KERNELS_TUNED")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tables.forget()
@@ -84,7 +92,7 @@ def test_the_user_s_file_comes_before_the_package_s(pretend, monkeypatch, tmp_pa
 def test_entries_of_another_device_or_triton_are_left_out(pretend, other, caplog):
     _write(pretend, other)
     with caplog.at_level(logging.INFO, "sppo_kernels"):
-        assert _row_block() == config.row_block(BF16, 1000)
+        assert _row_block() == config.block("row", BF16, 1000)
     assert "another device or Triton" in caplog.text and str(pretend) in caplog.text
 
 
@@ -110,14 +118,14 @@ def test_a_corrupt_or_foreign_file_is_refused_by_name(pretend, content, caplog):
     pretend.write_text(content)
     tables.forget()
     with caplog.at_level(logging.WARNING, "sppo_kernels"):
-        assert _row_block() == config.row_block(BF16, 1000)
-        assert _row_block() == config.row_block(BF16, 1000)
+        assert _row_block() == config.block("row", BF16, 1000)
+        assert _row_block() == config.block("row", BF16, 1000)
     assert [str(pretend) in r.message for r in caplog.records] == [True], "once, naming the file"
 
 
 def test_a_file_that_was_named_and_is_not_there_is_warned_of(pretend, caplog):
     with caplog.at_level(logging.WARNING, "sppo_kernels"):
-        assert _row_block() == config.row_block(BF16, 1000)
+        assert _row_block() == config.block("row", BF16, 1000)
     assert str(pretend) in caplog.text
 
 
@@ -138,8 +146,8 @@ def test_launches_take_the_table_s_block(pretend, monkeypatch, generator):
     with config.overridden(row=config.Block(256, 1)):
         same = row_logps(z, labels, None, 1.0, None, IGNORE, False)
     _write(pretend, {})
-    seen, fit = [], config._fit
-    monkeypatch.setattr(config, "_fit", lambda b, n, v: seen.append(fit(b, n, v)) or seen[-1])
+    seen, fit = [], config.fit
+    monkeypatch.setattr(config, "fit", lambda b, n, v: seen.append(fit(b, n, v)) or seen[-1])
     got = row_logps(z, labels, None, 1.0, None, IGNORE, False)
     assert seen == [(256, 1)]
     assert all(torch.equal(a, b) for a, b in zip(got, same, strict=True)), "same block, same bits"
@@ -153,8 +161,7 @@ def test_candidates_pass_the_gate_and_repeat_their_bits(kernel, generator):
     vocab, device = 2501, torch.device(DEVICE)
     blocks = tuning.candidates(kernel, BF16, vocab)
     assert len(blocks) == len(set(blocks)) >= 4
-    assert blocks[0] == {"split": config.split_block, "backward": config.backward_block,
-                         "row": config.row_block}[kernel](BF16, vocab)  # fmt: skip
+    assert blocks[0] == config.block(kernel, BF16, vocab)
     for block in (blocks[0], min(blocks), max(blocks)):
         tuning.gate(kernel, block, BF16, vocab, device)
     problem = tuning.Problem.random(2, vocab, BF16, device)
@@ -212,7 +219,7 @@ def test_search_keeps_the_fastest_and_the_table_is_used(pretend, monkeypatch):
     kept = [ENTRY | {"columns": 50}, ENTRY | {"kernel": "split", "columns": 300, "block": 32}]
     tuning.write(pretend, kept, [e | {"device": GPU, "triton": triton.__version__} for e in found])
     tables.forget()
-    assert config.split_block(BF16, 300, torch.device(DEVICE)) == (256, 1)
+    assert config.block("split", BF16, 300, torch.device(DEVICE)) == (256, 1)
     entries = json.loads(pretend.read_text())["entries"]
     assert [e["columns"] for e in entries] == [50, 300, 300, 300], "the old split is replaced"
     assert [p.name for p in pretend.parent.glob("mine*")] == ["mine.json"], "written whole"

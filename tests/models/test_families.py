@@ -1,6 +1,6 @@
 """The matrix of model families: our log-probs are those of model(...).logits, or a named refusal.
 
-python -m tests.test_model_families     writes the table of docs/models.md anew
+python -m tests.models.test_families     writes the table of docs/models.md anew
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ transformers = pytest.importorskip("transformers")
 from sppo_kernels.integrations.transformers import model_token_logps  # noqa: E402
 from sppo_kernels.models.head import SCALES, SOFTCAPS, HeadProbeError, find_head  # noqa: E402
 from sppo_kernels.testing import assert_within_budget, sensitivity  # noqa: E402
+from tests.head_cases import DOCS, V, write_table  # noqa: E402
 
-DOCS = Path(__file__).resolve().parents[2] / "docs/models.md"
-V = 101  # odd: no kernel sees a whole vector
 BASE = {
     "vocab_size": V, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
     "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -131,24 +130,26 @@ SUPPORTED = {
         dict(BASE, is_decoder=True),
         "tied, bias, in a box of its own",
     ),
-}  # fmt: skip
-
-# family -> (config class, arguments, class or None for AutoModelForCausalLM, what the refusal says)
-REFUSED = {
     "Electra": (
         "ElectraConfig",
         dict(BASE, embedding_size=32, is_decoder=True),
-        None,
-        "extra layers: generator_predictions",
+        "tied, bias, after layers of its own",
     ),
-    "BERT": ("BertConfig", dict(BASE, is_decoder=True), None, "extra layers in its head"),
-    "RoBERTa": ("RobertaConfig", dict(BASE, is_decoder=True), None, "extra layers in its head"),
+    "BERT": ("BertConfig", dict(BASE, is_decoder=True), "tied, bias, after layers of its own"),
+    "RoBERTa": (
+        "RobertaConfig",
+        dict(BASE, is_decoder=True),
+        "tied, bias, after layers of its own",
+    ),
     "ModernBERT decoder": (
         "ModernBertDecoderConfig",
         dict(BASE, cls_token_id=1, sep_token_id=2, local_attention=8),
-        None,
-        "extra layers: lm_head",
+        "tied, bias, after layers of its own",
     ),
+}  # fmt: skip
+
+# family -> (config class, arguments, class, what the refusal says)
+REFUSED = {
     "T5": (
         "T5Config",
         {"vocab_size": V, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 1, "num_heads": 4},
@@ -250,12 +251,16 @@ def test_log_probs_and_gradients_are_those_of_the_logits(family, generator):
     weight, bias = head.parameters()
     said = set(what.replace(";", ",").replace(" (", ", ").split(", "))
     assert ("softcap" in said) == (head.softcap is not None)
-    assert bool({"scale", "divisor"} & said) == (head.logit_scale != 1)
+    scaled = bool({"scale", "divisor"} & said) and "before the head" not in said
+    assert scaled == (head.logit_scale != 1)
     assert ("bias" in said) == (bias is not None)
     assert ("tied" in said) == (model.get_input_embeddings().weight is head.layer.weight)
     assert weight.shape[0] == logits.shape[-1]
     if head.softcap is not None:
         assert logits.abs().max() > 0.5 * head.softcap
+    if "after layers of its own" in said:  # which nobody has looked at without a probe
+        with pytest.raises(HeadProbeError, match=r"has .* beside it: only a probe can tell"):
+            model_token_logps(model, ids, labels, mask, check=False)
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -320,10 +325,8 @@ def table() -> str:
 
 
 def test_the_table_in_the_docs_is_this_one():
-    assert table() in DOCS.read_text(), "run python -m tests.test_model_families"
+    assert table() in DOCS.read_text(), "run python -m tests.models.test_families"
 
 
 if __name__ == "__main__":
-    before, rest = DOCS.read_text().split("<!-- families -->\n", 1)
-    _, after = rest.split("<!-- /families -->", 1)
-    DOCS.write_text(f"{before}<!-- families -->\n{table()}\n<!-- /families -->{after}")
+    write_table("families", table())

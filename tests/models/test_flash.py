@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 
+from sppo_kernels.data.layout import PackedLayout
 from sppo_kernels.models import attention as packing
 
 
@@ -49,7 +50,7 @@ def flash(monkeypatch):
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_flash_varlen_equals_blocks(flash, generator, window, kv_heads):
-    layout = packing.PackedLayout([(5, [3, 7, 1]), (2, [4]), (6, [2, 9])])
+    layout = PackedLayout([(5, [3, 7, 1]), (2, [4]), (6, [2, 9])])
     q = torch.randn(1, 4, layout.total, 8, generator=generator)
     k, v = (torch.randn(1, kv_heads, layout.total, 8, generator=generator) for _ in range(2))
     expected, _ = packing.packed_attention(

@@ -143,11 +143,29 @@ def test_dora_beside_another_adapter_is_refused():
         find_head(causal_lm(model))
 
 
-def test_prompt_learning_is_refused():
+@pytest.mark.parametrize(
+    "kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"]
+)
+def test_virtual_tokens_before_the_text_count(kind, generator):
     peft = pytest.importorskip("peft")
-    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.raises(HeadProbeError, match="PROMPT_TUNING changes what the model sees"):
-        causal_lm(peft.get_peft_model(llama(), prompt))
+    settings = {"encoder_hidden_size": 16} if kind == "PromptEncoderConfig" else {}
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3, **settings)
+    torch.manual_seed(0)
+    base = llama()
+    model = peft.get_peft_model(base, config).eval()
+    check(model, generator)
+    ids, labels, mask = batch(generator)
+    moved = model_token_logps(model, ids, labels, mask) - eager_logps(base, ids, labels, mask)
+    assert moved.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["XLORA", "POLY"])
+def test_adapters_mixed_by_input_are_refused(kind):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), lora())
+    model.active_peft_config.peft_type = f"PeftType.{kind}"
+    with pytest.raises(HeadProbeError, match=f"{kind} changes what the model sees"):
+        causal_lm(model)
 
 
 def test_data_parallel_is_refused():
@@ -266,6 +284,26 @@ def test_a_shard_is_refused(generator):
         model_token_logps(model, ids, labels, mask, check=False)
 
 
+class FSDPModule:
+    """What torch's fully_shard puts among the bases of a layer's class."""
+
+
+def test_an_fsdp_unit_that_is_not_the_whole_head_is_refused(generator):
+    """An adapter's layer runs as its own; the unit below it is whole only in another forward."""
+    model = adapted(lora())
+    layer = causal_lm(model).lm_head.base_layer
+    layer.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})
+    with pytest.raises(HeadProbeError, match="FSDP unit of its own"):
+        find_head(causal_lm(model))
+    fsdp1 = llama()
+    fsdp1.lm_head = type("FullyShardedDataParallel", (nn.Linear,), {})(32, V, bias=False)
+    with pytest.raises(HeadProbeError, match="FSDP unit of its own"):
+        find_head(fsdp1)
+    fsdp2 = llama()  # its hooks make the weight whole for the head's forward
+    fsdp2.lm_head.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})
+    check(fsdp2, generator)
+
+
 def test_a_tie_that_fsdp_broke_is_refused():
     """FSDP1's views inside forward: of one flat parameter they share memory, of two they do not."""
     model = llama(tied=True)
@@ -281,7 +319,7 @@ def test_a_tie_that_fsdp_broke_is_refused():
         find_head(model).parameters()
 
 
-def test_meta_and_offloaded_weights_are_refused(generator):
+def test_meta_weights_are_refused_and_offloaded_ones_loaded(generator):
     accelerate = pytest.importorskip("accelerate")
     ids, labels, mask = batch(generator)
     model = llama()
@@ -290,9 +328,11 @@ def test_meta_and_offloaded_weights_are_refused(generator):
         model_token_logps(model, ids, labels, mask, check=False)
     model = llama()
     accelerate.cpu_offload(model.lm_head, execution_device=torch.device("cpu"))
-    assert eager_logps(model, ids, labels, mask).isfinite().all()  # the model itself runs
-    with pytest.raises(HeadProbeError, match="offloaded by accelerate"):
-        model_token_logps(model, ids, labels, mask)
+    wanted = eager_logps(model, ids, labels, mask)
+    torch.testing.assert_close(model_token_logps(model, ids, labels, mask), wanted)
+    assert model.lm_head.weight.is_meta  # freed again
+    with pytest.raises(HeadProbeError, match="offloaded by accelerate"):  # out of its forward
+        find_head(model).parameters()
 
 
 @pytest.fixture

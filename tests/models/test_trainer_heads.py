@@ -23,7 +23,6 @@ def run_probe(model, data, head="auto", packing="auto"):
         data,
         head=head,
         packing_mode=packing,
-        impl="auto",
         device=torch.device("cpu"),
         settings=SETTINGS,
     )
@@ -33,7 +32,7 @@ def run_probe(model, data, head="auto", packing="auto"):
 def test_every_family_runs_fused_and_packed(family, generator):
     model = build(family)
     forward, packed = run_probe(model, rows(generator, 2), head="fused", packing="shared")
-    assert forward.head is not None
+    assert forward.fused
     assert packed
 
 
@@ -79,7 +78,7 @@ def test_an_unknown_head_goes_through_logits_with_the_reason_once(generator, cap
     data = rows(generator, 2)
     with caplog.at_level(logging.WARNING, "sppo_kernels"):
         forward, _ = run_probe(model, data)
-    assert forward.head is None
+    assert not forward.fused
     assert sum("logits in" in r.message for r in caplog.records) == 1
     with pytest.raises(HeadProbeError, match="fused log-probability"):
         run_probe(model, data, head="fused")

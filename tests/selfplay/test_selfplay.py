@@ -1,21 +1,27 @@
 """The loop as a library: parts, prompts, engines, targets, intervals."""
 
+import math
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sppo_kernels.data import DataError, canonical_row
+from sppo_kernels.games import TARGETS, preference_targets
 from sppo_kernels.selfplay import (
     GenerateOptions,
+    JudgeOptions,
     LoopOptions,
     ModelOptions,
     OptionError,
     generate,
+    judge_rows,
     mean_with_interval,
     split_prompts,
 )
-from sppo_kernels.selfplay.stages import derive_seed, in_parts
+from sppo_kernels.selfplay.stages import derive_seed, in_parts, same_settings
 
 pytest.importorskip("pyarrow")
 
@@ -105,3 +111,54 @@ def test_options_refuse_what_they_cannot_be():
         GenerateOptions(engine="jax")
     with pytest.raises(OptionError, match=r"--baseline: expected 'dpo' or '', got 'ppo'"):
         LoopOptions(baseline="ppo")
+    with pytest.raises(OptionError, match=r"--targets: expected 'win_rate', .* got 'elo'"):
+        JudgeOptions(targets="elo")
+    with pytest.raises(OptionError, match="'uclaml' averages over both orders"):
+        JudgeOptions(targets="uclaml", debias=False)
+    with pytest.raises(OptionError, match=r"--targets_tau: expected a number above 0, got 0"):
+        JudgeOptions(targets_tau=0)
+
+
+class Cyclic:
+    """Rock, paper, scissors, with 1 for the first position."""
+
+    def logits(self, prompts, responses):
+        c = torch.tensor([[0.0, 3.0, -2.0], [-3.0, 0.0, 1.0], [2.0, -1.0, 0.0]]) + 1.0
+        return c.expand(len(prompts), 3, 3)
+
+
+@pytest.mark.parametrize("by", TARGETS)
+def test_rows_hold_the_targets_that_are_asked_for(by, tmp_path):
+    rows = [{"id": n, "prompt": str(n), "responses": ["r", "p", "s"]} for n in range(3)]
+    options = JudgeOptions("M:F", judge_temperature=2.0, targets=by, targets_tau=0.3)
+    path = tmp_path / "j.parquet"
+    found = judge_rows(rows, Cyclic(), path, options, quiet=True)
+    logits = Cyclic().logits(["0"], None) / 2.0
+    expected = preference_targets(logits, by, logits=True, tau=0.3)[0]
+    for row, given in zip(found, rows, strict=True):
+        assert set(row) == {*given, "win_matrix", "win_rate", "judge"}
+        assert canonical_row(row)["win_rate"] == pytest.approx(expected.tolist(), abs=1e-6)
+        assert row["win_matrix"][0][1] == pytest.approx(1 / (1 + math.exp(-1.5)))
+        assert row["judge"] == "M:F"
+    if by == "nash":  # each response of a full cycle draws with the equilibrium
+        assert row["win_rate"] == pytest.approx([0.5] * 3, abs=1e-6)
+
+
+def test_games_without_strengths_are_named(tmp_path):
+    class Certain:
+        def logits(self, prompts, responses):
+            return torch.tensor([[[0.0, 500.0], [-500.0, 0.0]]])
+
+    options = JudgeOptions(targets="bradley_terry")
+    rows = [{"prompt": "p", "responses": ["a", "b"]}]
+    with pytest.raises(DataError, match=r"--targets: bradley_terry: .*no finite strengths"):
+        judge_rows(rows, Certain(), tmp_path / "j.parquet", options, quiet=True)
+
+
+def test_a_run_from_before_a_setting_goes_on_with_its_default(tmp_path):
+    path, now = tmp_path / "settings.json", asdict(JudgeOptions("M:F"))
+    older = {name: value for name, value in now.items() if not name.startswith("targets")}
+    same_settings(path, older, {})
+    same_settings(path, now, asdict(JudgeOptions()))
+    with pytest.raises(DataError, match=r"other targets \(targets: 'win_rate' then, 'nash' now\)"):
+        same_settings(path, now | {"targets": "nash"}, asdict(JudgeOptions()))

@@ -1,4 +1,4 @@
-"""Where the rows of a tensor lie in memory, and how wide they may be accessed."""
+"""Where the rows of a tensor lie in memory, and the arguments that kernels over them share."""
 
 from __future__ import annotations
 
@@ -53,16 +53,50 @@ def slices(n_cols: int, block: int, vec: int, edges: bool) -> int:
     return -(-(n_cols + (vec - 1 if edges else 0)) // block)
 
 
-def programs(name: str, n_rows: int, n_cols: int, shared: dict[str, Any]) -> int:
+def _tile(rows: Rows, n_cols: int, block: config.Block) -> dict[str, Any]:
+    """The constants of a tile, and the warps that work on it."""
+    vec = config.vector(rows.origin.dtype)
+    edges = has_edges(rows, n_cols, vec)
+    return {"BLOCK": block.size, "VEC": vec, "EDGES": edges, "num_warps": block.num_warps}
+
+
+def programs(name: str, n_rows: int, n_cols: int, tile: dict[str, Any]) -> int:
     """Programs a row of a (row x slice) grid, for the BLOCK, VEC and EDGES of a launch.
 
     Raises:
         ValueError: the grid has more programs than CUDA launches; `name` is whose rows they are.
     """
-    found = slices(n_cols, shared["BLOCK"], shared["VEC"], shared["EDGES"])
+    found = slices(n_cols, tile["BLOCK"], tile["VEC"], tile["EDGES"])
     if n_rows * found >= 2**31:
         raise ValueError(f"{name}: at most 2^31 programs are launched, got {n_rows * found}")
     return found
+
+
+def slice_arguments(
+    logits: Tensor, labels: Tensor, ignore_index: int, block: config.Block
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What every kernel on slices of rows of logits [B, T, V] takes, and the constants of a slice.
+
+    Raises:
+        ValueError: the grid would have more programs than CUDA launches.
+    """
+    rows, (size_b, size_t, n_cols) = rows_of(logits), logits.shape
+    tile = _tile(rows, n_cols, block)
+    label_b, label_t = labels.stride()
+    where = {
+        "logits": rows.origin,
+        "labels": labels,
+        "base": rows.base,
+        "stride_b": rows.stride_b,
+        "stride_t": rows.stride_t,
+        "label_b": label_b,
+        "label_t": label_t,
+        "size_t": size_t,
+        "n_cols": n_cols,
+        "n_slices": programs("logits", size_b * size_t, n_cols, tile),
+        "ignore_index": ignore_index,
+    }
+    return where, tile
 
 
 def head_arguments(
@@ -75,7 +109,7 @@ def head_arguments(
     block: config.Block,
 ) -> dict[str, Any]:
     """What every kernel takes that sweeps rows of raw products z [C, V] under a head."""
-    rows, vec, cap = rows_of(z.unsqueeze(0)), vector_of(z), 1.0 if softcap is None else softcap
+    rows, cap = rows_of(z.unsqueeze(0)), 1.0 if softcap is None else float(softcap)
     return {
         "z": rows.origin,
         "labels": labels,
@@ -86,21 +120,13 @@ def head_arguments(
         "n_cols": z.shape[1],
         "ignore_index": ignore_index,
         "scale": float(logit_scale),
-        "cap": float(cap),
-        "inv_cap": 1.0 / float(cap),
-        "BLOCK": block.size,
-        "VEC": vec,
-        "EDGES": has_edges(rows, z.shape[1], vec),
+        "cap": cap,
+        "inv_cap": 1.0 / cap,
         "BIAS": bias is not None,
         "SCALE": logit_scale != 1.0,
         "CAP": softcap is not None,
-        "num_warps": block.num_warps,
+        **_tile(rows, z.shape[1], block),
     }
-
-
-def vector_of(x: Tensor) -> int:
-    """Elements of `x` in a 16-byte access."""
-    return config.vector(x.dtype)
 
 
 def on_device(x: Tensor) -> AbstractContextManager:

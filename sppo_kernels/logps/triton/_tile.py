@@ -55,6 +55,18 @@ def store_tile(ptr, tile, first_group, lo, hi, GROUPS: tl.constexpr, VEC: tl.con
 
 
 @triton.jit
+def zero_tile(
+    ptr, first_group, lo, hi, GROUPS: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr
+):
+    """Zero a tile of a row; the first one of the row takes its edges."""
+    store_tile(ptr, tl.zeros((GROUPS, VEC), tl.float32), first_group, lo, hi, GROUPS, VEC)
+    if EDGES:
+        pos, mask = edge_positions(lo, hi, VEC)
+        mask = mask & (first_group == 0)
+        tl.store(ptr + pos, tl.zeros((2, VEC), ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def edge_positions(lo, hi, VEC: tl.constexpr):
     """Positions [2, VEC] of the first and the last group, and which are edges of the row."""
     last = hi // VEC
@@ -113,25 +125,6 @@ def tanh_and_slope(x):
 
 
 @triton.jit
-def transform(
-    z, bias, scale, cap, inv_cap, BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr
-):
-    """The logit u = softcap(scale * (z + bias)) and its derivative du/dz, in fp32."""
-    u = z.to(tl.float32)
-    slope = tl.full(u.shape, 1.0, tl.float32)
-    if BIAS:
-        u += bias.to(tl.float32)
-    if SCALE:
-        u *= scale
-        slope *= scale
-    if CAP:
-        t, dt = tanh_and_slope(u * inv_cap)
-        u = cap * t
-        slope *= dt
-    return u, slope
-
-
-@triton.jit
 def logits(
     z,
     bias,
@@ -144,8 +137,19 @@ def logits(
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """Logits of a tile and du/dz; `pos` are columns, `mask` those inside the row."""
-    bias_tile = 0.0
+    """u = softcap(scale * (z + bias)) of a tile and its derivative du/dz, in fp32.
+
+    `pos` are columns, `mask` those inside the row.
+    """
+    u = z.to(tl.float32)
+    slope = tl.full(u.shape, 1.0, tl.float32)
     if BIAS:
-        bias_tile = tl.load(bias + pos, mask=mask, other=0.0)
-    return transform(z, bias_tile, scale, cap, inv_cap, BIAS, SCALE, CAP)
+        u += tl.load(bias + pos, mask=mask, other=0.0).to(tl.float32)
+    if SCALE:
+        u *= scale
+        slope *= scale
+    if CAP:
+        t, dt = tanh_and_slope(u * inv_cap)
+        u = cap * t
+        slope *= dt
+    return u, slope

@@ -41,8 +41,7 @@ _ROW_LOADS = 2  # 16-byte loads a thread in a tile, besides as many prefetched
 # edges and the whole head 32 warps would leave a thread too few registers.
 _STATS_WARPS = 8
 
-_SEGMENT = Block(1024, 4)
-_FINALIZE = Block(1024, 4)
+_OF_ROWS = {"segment": Block(1024, 4), "finalize": Block(1024, 4)}
 
 _overrides: dict[str, Block] = {}
 
@@ -52,69 +51,45 @@ def vector(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def _fit(block: Block, n_cols: int, vec: int) -> Block:
+def fit(block: Block, n_cols: int, vec: int) -> Block:
     """A block no larger than a row of `n_cols`, which may start inside its first vector."""
     need = 1 << (n_cols + vec - 2).bit_length()
     size = max(vec, min(block.size, need))
     return Block(size, max(1, min(block.num_warps, size // (vec * 32))))
 
 
-def _tuned(
-    kernel: str, dtype: torch.dtype, n_cols: int, device: torch.device | None
-) -> Block | None:
-    """The tuned block of a device, if a table has one."""
+def block(
+    kernel: str, dtype: torch.dtype, n_cols: int, device: torch.device | None = None
+) -> Block:
+    """What a program of a kernel that sweeps a vocabulary holds at once.
+
+    Args:
+        kernel: "split" and "backward", a vocabulary slice of the forward and backward (row x slice)
+            kernels; "row" and "stats", the tile with which a program sweeps one row.
+        device: whose table of tuned blocks is asked; None: none.
+    """
+    override = _overrides.get({"backward": "split", "stats": "row"}.get(kernel, kernel))
+    if override is not None:
+        return override
     name = tables.device_name(device)
-    if name is None:
-        return None
-    found = tables.lookup(kernel, str(dtype).removeprefix("torch."), n_cols, name)
-    return None if found is None else _fit(Block(*found), n_cols, vector(dtype))
-
-
-def split_block(dtype: torch.dtype, n_cols: int, device: torch.device | None = None) -> Block:
-    """The vocabulary slice of a program of the forward (row x slice) kernel."""
-    if "split" in _overrides:
-        return _overrides["split"]
-    tuned = _tuned("split", dtype, n_cols, device)
-    return tuned or _fit(_FORWARD[dtype.itemsize], n_cols, vector(dtype))
-
-
-def backward_block(dtype: torch.dtype, n_cols: int, device: torch.device | None = None) -> Block:
-    """The vocabulary slice of a program of the backward (row x slice) kernel."""
-    if "split" in _overrides:
-        return _overrides["split"]
-    tuned = _tuned("backward", dtype, n_cols, device)
-    return tuned or _fit(_BACKWARD[dtype.itemsize], n_cols, vector(dtype))
-
-
-def row_block(dtype: torch.dtype, n_cols: int, device: torch.device | None = None) -> Block:
-    """The tile with which a program sweeps one row."""
-    if "row" in _overrides:
-        return _overrides["row"]
-    tuned = _tuned("row", dtype, n_cols, device)
-    if tuned is not None:
-        return tuned
-    row_bytes = n_cols * dtype.itemsize
-    warps = next((w for limit, w in _ROW_WARPS if row_bytes <= limit), _ROW_WARPS_MAX)
+    tuned = None if name is None else tables.lookup(kernel, tables.word(dtype), n_cols, name)
     vec = vector(dtype)
-    return _fit(Block(warps * 32 * vec * _ROW_LOADS, warps), n_cols, vec)
+    return fit(Block(*tuned) if tuned else _default(kernel, dtype, n_cols, vec), n_cols, vec)
 
 
-def stats_block(dtype: torch.dtype, n_cols: int) -> Block:
-    """The tile with which a program sweeps one row for its statistics."""
-    if "row" in _overrides:
-        return _overrides["row"]
-    vec = vector(dtype)
-    return _fit(Block(_STATS_WARPS * 32 * vec * _ROW_LOADS, _STATS_WARPS), n_cols, vec)
+def _default(kernel: str, dtype: torch.dtype, n_cols: int, vec: int) -> Block:
+    if kernel in ("split", "backward"):
+        return (_FORWARD if kernel == "split" else _BACKWARD)[dtype.itemsize]
+    warps = _STATS_WARPS
+    if kernel == "row":
+        row_bytes = n_cols * dtype.itemsize
+        warps = next((w for limit, w in _ROW_WARPS if row_bytes <= limit), _ROW_WARPS_MAX)
+    return Block(warps * 32 * vec * _ROW_LOADS, warps)
 
 
-def segment_block() -> Block:
-    """Rows that a program takes at once from its sequence."""
-    return _overrides.get("segment", _SEGMENT)
-
-
-def finalize_block() -> Block:
-    """Partials (rows x slices) that a program of the finalize kernel merges."""
-    return _overrides.get("finalize", _FINALIZE)
+def rows_block(kernel: str) -> Block:
+    """Rows of its sequence that a program of "segment" takes at once; or partials of "finalize"."""
+    return _overrides.get(kernel, _OF_ROWS[kernel])
 
 
 @contextmanager

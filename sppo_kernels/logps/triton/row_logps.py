@@ -28,6 +28,7 @@ from sppo_kernels.logps.triton._tile import (
     row_start,
     store_tile,
     whole_groups,
+    zero_tile,
 )
 
 _RUNTIME = ["base", "stride", "label_stride", "n_cols", "ignore_index", "scale", "cap", "inv_cap"]
@@ -67,12 +68,8 @@ def row_kernel(
     if y == ignore_index:
         tl.store(logp + row, 0.0)
         if WRITE_GRAD:
-            zero = tl.zeros((GROUPS, VEC), tl.float32)
             for group in range(0, n_groups, GROUPS):
-                store_tile(z, zero, group, lo, hi, GROUPS, VEC)
-            if EDGES:
-                pos, mask = edge_positions(lo, hi, VEC)
-                tl.store(z + pos, tl.zeros((2, VEC), z.dtype.element_ty), mask=mask)
+                zero_tile(z, group, lo, hi, GROUPS, VEC, EDGES)
     else:
         known = (y >= 0) & (y < n_cols)
         # Read before the reduction below, whose barrier comes before any store to the row.
@@ -170,7 +167,7 @@ def row_logps(
     logp = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
     if z.shape[0] == 0:
         return logp
-    block = config.row_block(z.dtype, z.shape[1], z.device)
+    block = config.block("row", z.dtype, z.shape[1], z.device)
     shared = head_arguments(z, labels, bias, logit_scale, softcap, ignore_index, block)
     with on_device(z):
         row_kernel[(z.shape[0],)](logp=logp, WRITE_GRAD=write_grad, **shared)

@@ -228,7 +228,7 @@ def row_stats(
     is_top1 = torch.empty(n_rows if top1 else 0, dtype=torch.bool, device=z.device)
     if n_rows == 0:
         return norm, *results, is_top1
-    block = config.stats_block(z.dtype, n_cols)
+    block = config.block("stats", z.dtype, n_cols)
     shared = head_arguments(z, labels, bias, logit_scale, softcap, ignore_index, block)
     outputs = dict(zip(("entropy", "squares", "mean"), results, strict=True))
     wanted = {"ENTROPY": entropy, "SQUARES": squares, "MEAN": mean, "TOP1": top1}

@@ -24,6 +24,7 @@ from sppo_kernels.logps.triton._tile import (
     row_start,
     store_tile,
     whole_groups,
+    zero_tile,
 )
 
 _RUNTIME = ["base", "stride", "label_stride", "norm_stride", "n_cols", "n_slices"]
@@ -74,12 +75,7 @@ def stats_grad_kernel(
     row = row.to(tl.int64)
     y = tl.load(labels + row * label_stride).to(tl.int64)
     if y == ignore_index:
-        zero = tl.zeros((GROUPS, VEC), tl.float32)
-        store_tile(z, zero, first_group, lo, hi, GROUPS, VEC)
-        if EDGES:
-            pos, mask = edge_positions(lo, hi, VEC)
-            mask = mask & (first_group == 0)
-            tl.store(z + pos, tl.zeros((2, VEC), z.dtype.element_ty), mask=mask)
+        zero_tile(z, first_group, lo, hi, GROUPS, VEC, EDGES)
     else:
         known = (y >= 0) & (y < n_cols)
         m = tl.where(known, tl.load(norm + row), float("nan"))
@@ -139,7 +135,7 @@ def row_stats_backward(
     n_rows, n_cols = z.shape
     if n_rows == 0:
         return
-    block = config.backward_block(z.dtype, n_cols)
+    block = config.block("backward", z.dtype, n_cols)
     shared = head_arguments(z, labels, bias, logit_scale, softcap, ignore_index, block)
     n_slices = programs("z", n_rows, n_cols, shared)
     with on_device(z):

@@ -3,7 +3,7 @@
     S_s = sum of log p over the rows of s;   expand: row i gets the gradient of its sequence
 
 Bytes: 4 a row, read or written once. Numerics: lanes in row order, then a tree, in float32. Tests:
-tests/logps/test_triton_sppo.py.
+tests/logps/test_triton_segments.py.
 """
 
 from __future__ import annotations
@@ -17,29 +17,17 @@ from sppo_kernels.logps.triton import config
 from sppo_kernels.logps.triton._layout import on_device
 
 
-@triton.jit
-def bounds(cu_seqlens, s, n):
-    """First row of sequence `s` and the row after its last, kept inside [0, n)."""
-    begin = tl.load(cu_seqlens + s).to(tl.int32)
-    end = tl.load(cu_seqlens + s + 1).to(tl.int32)
-    return tl.minimum(tl.maximum(begin, 0), n), tl.minimum(end, n)
-
-
-@triton.jit
-def sum_rows(values, begin, end, BLOCK: tl.constexpr):
-    """Sum of values[begin:end] in an order that depends only on the length."""
+@triton.jit(do_not_specialize=["n"])
+def segment_sum_kernel(values, cu_seqlens, out, n, BLOCK: tl.constexpr):
+    """The order of the additions depends only on the length."""
+    s = tl.program_id(0)
+    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + s).to(tl.int32), 0), n)
+    end = tl.minimum(tl.load(cu_seqlens + s + 1).to(tl.int32), n)
     acc = tl.zeros((BLOCK,), tl.float32)
     for first in range(begin, end, BLOCK):
         row = first + tl.arange(0, BLOCK)
         acc += tl.load(values + row, mask=row < end, other=0.0)
-    return tl.sum(acc, axis=0)
-
-
-@triton.jit(do_not_specialize=["n"])
-def segment_sum_kernel(values, cu_seqlens, out, n, BLOCK: tl.constexpr):
-    s = tl.program_id(0)
-    begin, end = bounds(cu_seqlens, s, n)
-    tl.store(out + s, sum_rows(values, begin, end, BLOCK))
+    tl.store(out + s, tl.sum(acc, axis=0))
 
 
 @triton.jit(do_not_specialize=["n", "n_seq"])
@@ -67,7 +55,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     out = torch.empty(n_seq, dtype=torch.float32, device=values.device)
     if n_seq == 0:
         return out
-    block = config.segment_block()
+    block = config.rows_block("segment")
     with on_device(values):
         segment_sum_kernel[(n_seq,)](
             values.contiguous(),
@@ -89,7 +77,7 @@ def segment_expand(grad: Tensor, cu_seqlens: Tensor, n: int) -> Tensor:
     out = torch.empty(n, dtype=torch.float32, device=grad.device)
     if n == 0:
         return out
-    block = config.segment_block()
+    block = config.rows_block("segment")
     with on_device(grad):
         segment_expand_kernel[(n_seq + 1,)](
             grad.contiguous(),

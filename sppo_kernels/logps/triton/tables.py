@@ -14,14 +14,16 @@ warning that names it.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from sppo_kernels.files import FileError, read_json
 
 logger = logging.getLogger("sppo_kernels")
 
@@ -29,12 +31,25 @@ SCHEMA = 1
 KERNELS = ("split", "backward", "row")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_BLOCK = 65536
-_FIELDS = {"kernel": str, "dtype": str, "columns": int, "block": int, "warps": int}
-_FIELDS |= {"device": str, "triton": str}
 
 
-class BadTable(ValueError):
-    """A file that is not a table of tuned blocks."""
+def _power_of_two(least: int, most: int) -> tuple[Callable, str]:
+    def good(value: int) -> bool:
+        return least <= value <= most and value & (value - 1) == 0
+
+    return good, f"a power of two from {least} to {most}"
+
+
+# Field of an entry -> its type, what its value has to be, and that in words.
+_FIELDS = {
+    "kernel": (str, lambda v: v in KERNELS, f"one of {KERNELS}"),
+    "dtype": (str, lambda v: v in DTYPES, f"one of {DTYPES}"),
+    "columns": (int, lambda v: v >= 1, "an int of at least 1"),
+    "block": (int, *_power_of_two(16, MAX_BLOCK)),
+    "warps": (int, *_power_of_two(1, 32)),
+    "device": (str, bool, "a name"),
+    "triton": (str, bool, "a version"),
+}
 
 
 class Table(NamedTuple):
@@ -42,6 +57,11 @@ class Table(NamedTuple):
 
     source: str
     entries: tuple[dict, ...]
+
+
+def word(dtype: torch.dtype) -> str:
+    """A dtype as tables spell it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def slug(device_name: str) -> str:
@@ -69,42 +89,24 @@ def read(path: Path) -> list[dict]:
     """The entries of a table.
 
     Raises:
-        BadTable: it cannot be read, or is not a table; the message names the file and why.
+        FileError, OSError: it is not a table, or cannot be read; the message names it and why.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadTable(f"{path}: not a table of tuned blocks ({error})") from error
+    found = read_json(path)
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise BadTable(f"{path}: expected a table of tuned blocks with schema {SCHEMA}")
+        raise FileError(f"{path}: expected a table of tuned blocks with schema {SCHEMA}")
     entries = found.get("entries")
     if not isinstance(entries, list):
-        raise BadTable(f"{path}: expected a list of entries, got {type(entries).__name__}")
+        raise FileError(f"{path}: expected a list of entries, got {type(entries).__name__}")
     for number, entry in enumerate(entries):
-        wrong = _wrong(entry)
-        if wrong:
-            raise BadTable(f"{path}: entry {number}: {wrong}")
+        if not isinstance(entry, dict):
+            kind = type(entry).__name__
+            raise FileError(f"{path}: entry {number}: expected settings, got {kind}")
+        for name, (kind, good, expected) in _FIELDS.items():
+            value = entry.get(name)
+            if type(value) is not kind or not good(value):
+                where = f"{path}: entry {number}: {name}"
+                raise FileError(f"{where}: expected {expected}, got {value!r}")
     return entries
-
-
-def _wrong(entry: object) -> str | None:
-    """What keeps an entry from being used, if anything."""
-    if not isinstance(entry, dict):
-        return f"expected settings, got {type(entry).__name__}"
-    for name, kind in _FIELDS.items():
-        if type(entry.get(name)) is not kind:
-            return f"{name}: expected {kind.__name__}, got {entry.get(name)!r}"
-    if entry["kernel"] not in KERNELS:
-        return f"kernel: expected one of {KERNELS}, got {entry['kernel']!r}"
-    if entry["dtype"] not in DTYPES:
-        return f"dtype: expected one of {DTYPES}, got {entry['dtype']!r}"
-    if entry["columns"] < 1:
-        return f"columns: expected at least 1, got {entry['columns']}"
-    for name, least, most in (("block", 16, MAX_BLOCK), ("warps", 1, 32)):
-        value = entry[name]
-        if not (least <= value <= most and value & (value - 1) == 0):
-            return f"{name}: expected a power of two from {least} to {most}, got {value}"
-    return None
 
 
 @functools.cache
@@ -119,7 +121,7 @@ def table(device_name: str) -> Table:
             continue
         try:
             entries = read(path)
-        except BadTable as error:
+        except (FileError, OSError) as error:
             logger.warning("tuned blocks: %s; it is not used", error)
             continue
         fit = tuple(e for e in entries if _serves(e, device_name))

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sppo_kernels.logps.triton import config
-from sppo_kernels.logps.triton._layout import has_edges, on_device, programs, rows_of, vector_of
+from sppo_kernels.logps.triton._layout import on_device, slice_arguments
 from sppo_kernels.logps.triton._tile import edge_positions, exp, finite_max, load_tile, row_start
 
 _RUNTIME = ["base", "stride_b", "stride_t", "label_b", "label_t", "size_t", "n_cols", "n_rows"]
@@ -131,41 +131,23 @@ def token_logps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tens
     norm = torch.empty((2, size_b, size_t), dtype=torch.float32, device=logits.device)
     if n_rows == 0:
         return logp, norm
-    rows = rows_of(logits)
-    vec = vector_of(logits)
-    block = config.split_block(logits.dtype, n_cols, logits.device)
-    tile = {"BLOCK": block.size, "VEC": vec, "EDGES": has_edges(rows, n_cols, vec)}
-    n_slices = programs("logits", n_rows, n_cols, tile)
+    block = config.block("split", logits.dtype, n_cols, logits.device)
+    where, tile = slice_arguments(logits, labels, ignore_index, block)
+    n_slices = where["n_slices"]
     parts = torch.empty((2, n_rows, n_slices), dtype=torch.float32, device=logits.device)
+    where |= {"part_max": parts[0], "part_sum": parts[1]}
     slices_pow2 = triton.next_power_of_2(n_slices)
-    final = config.finalize_block()
+    final = config.rows_block("finalize")
     final_rows = max(1, final.size // slices_pow2)
-    shared = (rows.base, rows.stride_b, rows.stride_t, *labels.stride(), size_t, n_cols)
     with on_device(logits):
-        partial_kernel[(n_rows * n_slices,)](
-            rows.origin,
-            labels,
-            parts[0],
-            parts[1],
-            *shared,
-            n_slices,
-            ignore_index,
-            num_warps=block.num_warps,
-            **tile,
-        )
+        partial_kernel[(n_rows * n_slices,)](**where, **tile)
         finalize_kernel[(triton.cdiv(n_rows, final_rows),)](
-            rows.origin,
-            labels,
-            parts[0],
-            parts[1],
-            logp,
-            norm,
-            *shared,
-            n_rows,
-            n_slices,
-            ignore_index,
+            logp=logp,
+            norm=norm,
+            n_rows=n_rows,
             ROWS=final_rows,
             SLICES=slices_pow2,
             num_warps=final.num_warps,
+            **where,
         )
     return logp, norm

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sppo_kernels.logps.triton import config
-from sppo_kernels.logps.triton._layout import has_edges, on_device, programs, rows_of, vector_of
+from sppo_kernels.logps.triton._layout import on_device, rows_of, slice_arguments
 from sppo_kernels.logps.triton._tile import (
     edge_positions,
     exp,
@@ -23,6 +23,7 @@ from sppo_kernels.logps.triton._tile import (
     positions,
     row_start,
     store_tile,
+    zero_tile,
 )
 
 _RUNTIME = ["base", "stride_b", "stride_t", "out_base", "out_b", "out_t", "grad_b", "grad_t"]
@@ -77,12 +78,7 @@ def backward_kernel(
         out_row = out_base + b * out_b + t * out_t - lo
     y = tl.load(labels + b * label_b + t * label_t)
     if y == ignore_index:
-        zero = tl.zeros((GROUPS, VEC), tl.float32)
-        store_tile(out + out_row, zero, first_group, lo, hi, GROUPS, VEC)
-        if EDGES:
-            pos, mask = edge_positions(lo, hi, VEC)
-            mask = mask & (first_group == 0)
-            tl.store(out + out_row + pos, tl.zeros((2, VEC), out.dtype.element_ty), mask=mask)
+        zero_tile(out + out_row, first_group, lo, hi, GROUPS, VEC, EDGES)
     else:
         z = load_tile(logits + start, first_group, lo, hi, GROUPS, VEC).to(tl.float32)
         g = tl.load(grad + b * grad_b + t * grad_t)
@@ -131,33 +127,25 @@ def token_logps_backward(
     if size_b * size_t == 0:
         return
     rows, out_rows = rows_of(logits), rows_of(out)
-    vec = vector_of(logits)
-    block = config.backward_block(logits.dtype, n_cols, logits.device)
-    tile = {"BLOCK": block.size, "VEC": vec, "EDGES": has_edges(rows, n_cols, vec)}
-    n_slices = programs("logits", size_b * size_t, n_cols, tile)
+    block = config.block("backward", logits.dtype, n_cols, logits.device)
+    where, tile = slice_arguments(logits, labels, ignore_index, block)
+    grad_b, grad_t = grad.stride()
+    logp_b, logp_t = logp.stride()
     with on_device(logits):
-        backward_kernel[(size_b * size_t * n_slices,)](
-            grad,
-            rows.origin,
-            labels,
-            logp,
-            norm,
-            out_rows.origin,
-            rows.base,
-            rows.stride_b,
-            rows.stride_t,
-            out_rows.base,
-            out_rows.stride_b,
-            out_rows.stride_t,
-            *grad.stride(),
-            *labels.stride(),
-            *logp.stride(),
-            size_t,
-            size_b * size_t,
-            n_cols,
-            n_slices,
-            ignore_index,
-            WIDE=rows.phases(vec) == out_rows.phases(vec),
-            num_warps=block.num_warps,
+        backward_kernel[(size_b * size_t * where["n_slices"],)](
+            grad=grad,
+            logp=logp,
+            norm=norm,
+            out=out_rows.origin,
+            out_base=out_rows.base,
+            out_b=out_rows.stride_b,
+            out_t=out_rows.stride_t,
+            grad_b=grad_b,
+            grad_t=grad_t,
+            logp_b=logp_b,
+            logp_t=logp_t,
+            n_rows=size_b * size_t,
+            WIDE=rows.phases(tile["VEC"]) == out_rows.phases(tile["VEC"]),
+            **where,
             **tile,
         )

@@ -7,8 +7,7 @@ timed, so a table changes speed, and results by rounding at most.
 from __future__ import annotations
 
 import datetime
-import json
-import os
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sppo_kernels.backend import triton_interpreted
+from sppo_kernels.files import write_json
 from sppo_kernels.logps.triton import config, tables
 from sppo_kernels.logps.triton.row_logps import row_logps
 from sppo_kernels.logps.triton.token_logps import token_logps
@@ -49,19 +50,14 @@ class Outcome(NamedTuple):
 def candidates(kernel: str, dtype: torch.dtype, n_cols: int) -> list[config.Block]:
     """Blocks worth timing, the default first: 4 to 32 warps, 1 to 8 16-byte loads a thread."""
     vec = config.vector(dtype)
-    default = {
-        "split": config.split_block,
-        "backward": config.backward_block,
-        "row": config.row_block,
-    }[kernel](dtype, n_cols)
     warps, loads = ((8, 16, 32), (1, 2, 4)) if kernel == "row" else ((4, 8, 16), (2, 4, 8))
-    found = [default]
-    for w in warps:
-        for many in loads:
-            block = config._fit(config.Block(w * 32 * vec * many, w), n_cols, vec)
-            if block not in found:
-                found.append(block)
-    return found
+    found = [config.block(kernel, dtype, n_cols)]
+    found += [
+        config.fit(config.Block(w * 32 * vec * many, w), n_cols, vec)
+        for w in warps
+        for many in loads
+    ]
+    return list(dict.fromkeys(found))
 
 
 class Problem(NamedTuple):
@@ -113,17 +109,15 @@ def gate(
         AssertionError: further away than twice the error of eager float32 and one rounding.
     """
     problem = Problem.random(GATE_ROWS, vocab, dtype, device)
-    want = [_reference(problem, d) for d in (torch.float64, torch.float32)]
-    got = call(kernel, block, problem)()
-    # Sums in another order differ by roundings of a whole row's log-sum-exp; 2 is as in the tests.
-    if kernel != "backward":
-        _close(got[0], want[1][0], want[0][0], f"{kernel} {tuple(block)}: log p")
-    if kernel != "split":
-        _close(got[-1], want[1][1], want[0][1], f"{kernel} {tuple(block)}: gradient")
-
-
-def _close(got: Tensor, eager: Tensor, exact: Tensor, what: str) -> None:
-    assert_within_budget(got, eager.view_as(got), exact.view_as(got), what=what, roundings=2.0)
+    exact, eager = (_reference(problem, d) for d in (torch.float64, torch.float32))
+    found = call(kernel, block, problem)()
+    results = {"log p": (found[0], 0), "gradient": (found[-1], 1)}
+    for what, (got, at) in results.items():
+        if (kernel, what) in (("backward", "log p"), ("split", "gradient")):
+            continue
+        # Sums in another order differ by roundings of a whole row's log-sum-exp; 2 as in the tests.
+        want = (values[at].view_as(got) for values in (eager, exact))
+        assert_within_budget(got, *want, what=f"{kernel} {tuple(block)}: {what}", roundings=2.0)
 
 
 def _reference(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -164,48 +158,42 @@ def search(
 
     Candidates that fail the gate, or that the device cannot launch, are named in `refused`.
     """
-    for dtype in dtypes:
-        for rows, vocab in shapes:
-            problem = None
-            for kernel in tables.KERNELS:
-                title = f"{kernel}, {str(dtype)[6:]}, {rows} x {vocab}"
-                if time.monotonic() > deadline:
-                    left_out.append(title)
+    for dtype, (rows, vocab) in itertools.product(dtypes, shapes):
+        problem = None
+        for kernel in tables.KERNELS:
+            title = f"{kernel}, {tables.word(dtype)}, {rows} x {vocab}"
+            if time.monotonic() > deadline:
+                left_out.append(title)
+                continue
+            if problem is None:
+                problem = Problem.random(rows, vocab, dtype, device)
+            out = torch.empty_like(problem.logits) if kernel == "backward" else None
+            allowed: dict[config.Block, Callable[[], object]] = {}
+            default, *others = candidates(kernel, dtype, vocab)
+            for block in (default, *others):
+                if allowed and time.monotonic() > deadline:
+                    left_out.append(f"{title}, {tuple(block)}")
                     continue
-                if problem is None:
-                    problem = Problem.random(rows, vocab, dtype, device)
-                out = torch.empty_like(problem.logits) if kernel == "backward" else None
-                allowed: dict[config.Block, Callable[[], object]] = {}
-                blocks = candidates(kernel, dtype, vocab)
-                for block in blocks:
-                    if allowed and time.monotonic() > deadline:
-                        left_out.append(f"{title}, {tuple(block)}")
-                        continue
-                    try:
-                        gate(kernel, block, dtype, vocab, device)
-                    except AssertionError as error:
-                        refused.append(str(error))
-                    except Exception as error:  # more registers or memory than the device has
-                        refused.append(f"{title}, {tuple(block)}: {type(error).__name__}: {error}")
-                    else:
-                        allowed[block] = call(kernel, block, problem, out)
-                if blocks[0] not in allowed:
-                    continue  # the default itself is refused: nothing to compare with
-                seconds = clock(allowed)
-                allowed.clear()  # they hold the memory of this problem
-                best = min(seconds, key=seconds.get)
-                if seconds[best] > (1 - MARGIN) * seconds[blocks[0]]:
-                    best = blocks[0]
-                yield {
-                    "kernel": kernel,
-                    "dtype": str(dtype)[6:],
-                    "columns": vocab,
-                    "block": best.size,
-                    "warps": best.num_warps,
-                    "rows": rows,
-                    "ms": seconds[best] * 1e3,
-                    "default_ms": seconds[blocks[0]] * 1e3,
-                }
+                try:
+                    gate(kernel, block, dtype, vocab, device)
+                except AssertionError as error:
+                    refused.append(str(error))
+                except Exception as error:  # more registers or memory than the device has
+                    refused.append(f"{title}, {tuple(block)}: {type(error).__name__}: {error}")
+                else:
+                    allowed[block] = call(kernel, block, problem, out)
+            if default not in allowed:
+                continue  # the default itself is refused: nothing to compare with
+            seconds = clock(allowed)
+            allowed.clear()  # they hold the memory of this problem
+            best = min(seconds, key=seconds.get)
+            if seconds[best] > (1 - MARGIN) * seconds[default]:
+                best = default
+            yield {
+                **{"kernel": kernel, "dtype": tables.word(dtype), "columns": vocab},
+                **{"block": best.size, "warps": best.num_warps, "rows": rows},
+                **{"ms": seconds[best] * 1e3, "default_ms": seconds[default] * 1e3},
+            }
 
 
 def tune(
@@ -228,11 +216,11 @@ def tune(
 
     Raises:
         TuningError: no CUDA device, Triton interpreted, or no time for anything.
-        tables.BadTable: `out` exists and is not a table.
+        files.FileError: `out` exists and is not a table.
     """
     if not torch.cuda.is_available():
         raise TuningError("tune: expected a CUDA device to time kernels on, and none is here")
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if triton_interpreted():
         raise TuningError("tune: TRITON_INTERPRET=1 is set, and interpreted kernels tell no times")
     name = torch.cuda.get_device_name()
     path = Path(out) if out is not None else tables.user_file(name)
@@ -280,7 +268,4 @@ def write(path: Path, kept: list[dict], found: list[dict]) -> None:
     new = {key(entry) for entry in found}
     entries = [e for e in kept if key(e) not in new] + found
     content = {"schema": tables.SCHEMA, "note": "written by `sppo tune`", "entries": entries}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(content, path)

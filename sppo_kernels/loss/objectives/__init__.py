@@ -5,10 +5,12 @@ from sppo_kernels.loss.objectives.base import Objective, Pair
 
 __all__ = ["ALIASES", "KINDS", "REFUSED", "Objective", "Pair"]
 
+FAMILIES = (squared, logistic, separate, reference_free)
 KINDS: dict[str, Objective] = {
-    objective.name: objective
-    for family in (squared, logistic, separate, reference_free)
-    for objective in family.FAMILY
+    found.name: found
+    for family in FAMILIES
+    for found in vars(family).values()
+    if isinstance(found, Objective)
 }
 ALIASES = {"sigmoid": "dpo"}
 REFUSED = {

@@ -1,4 +1,9 @@
-"""What an objective of pairs is made of; the families next to this file fill it in."""
+"""What an objective of pairs is made of; the families next to this file hold them.
+
+In equations a = log π_θ(y_w) − log π_ref(y_w) of the chosen response y_w, and b the same of the
+rejected one, y_l; u and v are their log-probabilities a token, |y| a number of tokens; β = beta,
+ε = label_smoothing, x = β(a − b).
+"""
 
 from __future__ import annotations
 
@@ -58,7 +63,8 @@ class Objective(NamedTuple):
     Attributes:
         name: value of `kind`.
         function: (Pair, settings) -> loss of each pair [P].
-        equation, source: as in docs/objectives.md.
+        equation: the first paragraph of the function's docstring.
+        source: where the equation comes from.
         needs: tensors beside chosen_logps and rejected_logps that must be given.
         optional: tensors that may be given.
         settings: numbers it takes with their defaults; None has none and must be given.
@@ -81,6 +87,25 @@ LENGTHS = ("chosen_lengths", "rejected_lengths")
 PREVIOUS = ("previous_chosen_logps", "previous_rejected_logps")
 BETA = {"beta": 0.1}
 SMOOTHED = {"beta": 0.1, "label_smoothing": 0.0}
+
+
+def objective(
+    source: str,
+    *,
+    needs: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+    settings: Mapping[str, float | None] = BETA,
+    paired: bool = True,
+) -> Callable[[Callable], Objective]:
+    """Makes a function the objective of its name; its docstring begins with the equation."""
+
+    def made(function: Callable) -> Objective:
+        equation = " ".join((function.__doc__ or "").split("\n\n")[0].split())
+        return Objective(
+            function.__name__, function, equation, source, needs, optional, settings, paired
+        )
+
+    return made
 
 
 def per_token(value: Tensor, lengths: Tensor) -> Tensor:

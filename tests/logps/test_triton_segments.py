@@ -9,18 +9,8 @@ import sppo_kernels as sk
 
 pytest.importorskip("triton")
 
-from sppo_kernels.logps.triton import (
-    segment_expand,
-    segment_sum,
-)
-from tests.logps.test_triton_checks import (  # noqa: F401
-    DEVICE,
-    IGNORE,
-    assert_same,
-    assert_within_budget,
-    poisoned_empty,
-    tiny_blocks,
-)
+from sppo_kernels.logps.triton import segment_expand, segment_sum
+from tests.triton_tools import DEVICE, IGNORE, assert_same, assert_within_budget, tiny_blocks
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
