@@ -162,8 +162,10 @@ def run_case(
         fresh: on the CPU, measure memory in fresh processes.
         keep: called with the rows when their times are known and memory is not.
     """
-    torch._dynamo.reset()
-    p.compiled.cache_clear()
+    found = p.of_group(group) if found is None else found
+    if any(q.compiles for q in found):
+        torch._dynamo.reset()
+        p.compiled.cache_clear()
     case, dtype = task.case, getattr(torch, task.dtype)
     batch = batch or Batch(group, case, dtype, device)
     inputs = prepare(group, batch.inputs)
@@ -177,7 +179,7 @@ def run_case(
     rows: dict[str, Row] = {}
     calls: dict[str, Call] = {}
     wanted: dict[str, int] = {}
-    for q in p.of_group(group) if found is None else found:
+    for q in found:
         if not _named(q.name, task.providers or ("",)) or _named(q.name, task.without):
             continue
         rows[q.name] = this = row(q.name, p.counted(group, inputs))

@@ -3,28 +3,85 @@
 Compiles the production configurations for sm_80, sm_90 and sm_100 ahead of time, without a GPU,
 reads registers, spills, shared memory and instructions from the cubins, and derives from counted
 bytes and instructions how long a kernel should take on an H200. Nothing is run. A new Triton kernel
-is one entry in `cases` (and its module in `_MODULES`); CUDA kernels are found by themselves.
+is one entry in `BLOCKS` and in `cases`; CUDA kernels are found by themselves.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import pkgutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-from benchmarks.kernel_report import cuda, occupancy, sass
+from benchmarks.kernel_report import cuda, sass
 
 TARGETS = (80, 90, 100)
 N_COLS, N_COLS_ODD = 128256, 128257
 MAX_SHARED = 99 * 1024  # what a program may use on every GPU from sm_80 on
 
-_MODULES = ("token_logps", "token_logps_backward", "segments", "row_logps")
-_MODULES += ("row_stats", "row_stats_backward")
+# What the report knows of the package: the block of `config` that a kernel takes, and the types of
+# the kernels' arguments where they are not 32-bit integers or those of the rows.
+BLOCKS = {
+    "partial_kernel": "split",
+    "backward_kernel": "backward",
+    "row_kernel": "row",
+    "stats_kernel": "stats",
+    "stats_grad_kernel": "backward",
+    "finalize_kernel": "finalize",
+    "segment_sum_kernel": "segment",
+    "segment_expand_kernel": "segment",
+}
+OF_ROWS = ("finalize", "segment")
+ROWS = ("logits", "out", "z", "bias")
+TYPES = {
+    "*fp32": (
+        "part_max", "part_sum", "logp", "norm", "grad", "values", "coef", "entropy", "squares",
+        "mean", "grad_logp", "grad_entropy",
+    ),
+    "fp32": ("cap", "inv_cap", "scale"),
+    "*i64": ("labels", "cu_seqlens"),
+    "*i8": ("top1",),
+}  # fmt: skip
+HEAD = dict.fromkeys(("BIAS", "SCALE", "CAP"), False)
+STATISTICS = dict.fromkeys(("ENTROPY", "SQUARES", "MEAN", "TOP1"), False)
+
+
+def block_of(kernel: str, dtype: str, vocab: int):
+    """(size, num_warps) that a kernel's launcher takes without a tuned table."""
+    from sppo_kernels.logps.triton import config
+
+    name = BLOCKS[kernel]
+    if name in OF_ROWS:
+        return config.rows_block(name)
+    return config.block(name, _dtype(dtype), vocab)
+
+
+def _dtype(name: str):
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def kernel_named(name: str):
+    """The Triton function, in whichever module of the package it stands.
+
+    Raises:
+        LookupError: it stands in none.
+    """
+    from sppo_kernels.logps import triton
+
+    for module in pkgutil.iter_modules(triton.__path__, f"{triton.__name__}."):
+        found = getattr(importlib.import_module(module.name), name, None)
+        if found is not None:
+            return found
+    raise LookupError(f"no kernel is named {name!r}")
 
 
 @dataclass(frozen=True)
@@ -37,16 +94,11 @@ class Case:
     constexprs: dict[str, int | bool]
     num_warps: int
     passes: float  # reads and writes of the whole [N, V], 0 for the small kernels
-    vocab: int = N_COLS
 
     @property
     def sweeps(self) -> bool:
         """Whether the kernel goes over the vocabulary."""
         return self.passes > 0
-
-    @property
-    def elements_per_thread(self) -> int:
-        return self.constexprs["BLOCK"] // (self.num_warps * 32)
 
 
 @dataclass
@@ -55,135 +107,89 @@ class Report:
 
     case: str
     kernel: str
-    sweeps: bool
-    writes: bool
     target: int
-    block: int
     num_warps: int
     registers: int
     stack: int
     local_ops: int
     shared: int
-    loads_128: int
-    stores_128: int
-    ex2: int
     instructions: int
     warps_per_sm: int
-    limit: str = ""  # what keeps more warps off an SM
-    loads: dict[int, int] = field(default_factory=dict)  # bits of an access -> instructions
-    stores: dict[int, int] = field(default_factory=dict)
-    noted: dict[str, int] = field(default_factory=dict)
-    sweep: dict[str, int] = field(default_factory=dict)  # instructions of the loops, a thread
-    elements: int = 0  # of a row, that a thread takes with them
+    limit: str  # what keeps more warps off an SM
+    loads: dict[int, int]  # bits of an access -> instructions
+    stores: dict[int, int]
+    noted: dict[str, int]
+    block: int = 0
     passes: float = 0
     itemsize: int = 2
+    elements: int = 0  # of a row, that a thread takes in a round of its loops
+    sweep: dict[str, int] = field(default_factory=dict)  # instructions of the loops, a thread
+    sweeps: bool = field(init=False)
+    writes: bool = field(init=False)
+    loads_128: int = field(init=False)
+    stores_128: int = field(init=False)
+    ex2: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sweeps, self.writes = self.passes > 0, self.passes == 2
+        self.loads_128, self.stores_128 = self.loads.get(128, 0), self.stores.get(128, 0)
+        self.ex2 = self.noted["EX2"]
+
+
+def report(
+    case: str, kernel: str, target: int, code: sass.Code, num_warps: int, shared: int, **more: Any
+) -> Report:
+    """What a cubin tells of a kernel, and what only its case does."""
+    warps, limit = sass.occupancy(target, num_warps, code.registers, shared)
+    return Report(
+        case, kernel, target, num_warps, code.registers, code.stack, code.count(r"LDL|STL"), shared,
+        sum(code.counts().values()), warps, limit, sass.widths(code, "LDG"),
+        sass.widths(code, "STG"), {n: code.count(pattern) for n, pattern in sass.NOTED.items()},
+        **more,
+    )  # fmt: skip
 
 
 def cases() -> list[Case]:
     """The configurations that the launchers choose at [8192, 128256]."""
-    import torch
-
     from sppo_kernels.logps.triton import config
 
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     found = []
-    for name, edges in (("bf16", False), ("bf16", True), ("fp16", False), ("fp32", False)):
-        dtype, vec = dtypes[name], config.vector(dtypes[name])
-        vocab = N_COLS_ODD if edges else N_COLS
-        block = config.block("split", dtype, vocab)
-        tile = {"BLOCK": block.size, "VEC": vec, "EDGES": edges}
-        tag = f"{name}, odd V" if edges else name
+
+    def add(label: str, kernel: str, dtype: str, passes: int = 0, odd: bool = False, **more):
+        vocab = N_COLS_ODD if odd else N_COLS
+        block = block_of(kernel, dtype, vocab)
+        tag = f" ({dtype}{', odd V' * odd})" if passes else ""
+        vector = {"VEC": config.vector(_dtype(dtype)), "EDGES": odd} if passes else {}
+        sizes = {"BLOCK": block.size} if "ROWS" not in more else {}
         found.append(
-            Case(f"partial ({tag})", "partial_kernel", name, tile, block.num_warps, 1, vocab)
+            Case(label + tag, kernel, dtype, sizes | vector | more, block.num_warps, passes)
         )
-        block = config.block("backward", dtype, vocab)
-        wide = {**tile, "BLOCK": block.size, "WIDE": True}
-        found.append(
-            Case(f"backward ({tag})", "backward_kernel", name, wide, block.num_warps, 2, vocab)
-        )
-        block = config.block("row", dtype, vocab)
-        plain = {"BLOCK": block.size, "VEC": vec, "EDGES": edges, "WRITE_GRAD": True}
-        plain.update(BIAS=False, SCALE=False, CAP=False)
-        variants = [(f"rows, gradient ({tag})", plain, 2)]
-        if name == "bf16" and not edges:
-            every = {"BIAS": True, "SCALE": True, "CAP": True}
-            variants += [
-                (f"rows, values ({tag})", {**plain, "WRITE_GRAD": False}, 1),
-                (f"rows, gradient, bias, scale, cap ({tag})", {**plain, **every}, 2),
-                (f"rows, gradient, cap ({tag})", {**plain, "CAP": True}, 2),
-                (f"rows, values, cap ({tag})", {**plain, "CAP": True, "WRITE_GRAD": False}, 1),
-            ]
-        for label, constexprs, passes in variants:
-            found.append(
-                Case(label, "row_kernel", name, constexprs, block.num_warps, passes, vocab)
-            )
-    found += _stats_cases(dtypes)
-    split = config.block("split", torch.bfloat16, N_COLS).size
-    slices = 1 << (-(-N_COLS // split) - 1).bit_length()
-    final = config.rows_block("finalize")
-    merge = {"ROWS": max(1, final.size // slices), "SLICES": slices}
-    found.append(Case("finalize", "finalize_kernel", "bf16", merge, final.num_warps, 0))
-    segment = config.rows_block("segment")
-    size = {"BLOCK": segment.size}
-    for label in ("segment sum", "segment expand"):
-        kernel = label.replace(" ", "_") + "_kernel"
-        found.append(Case(label, kernel, "bf16", size, segment.num_warps, 0))
+
+    every = dict.fromkeys(HEAD, True)
+    for dtype, odd in (("bf16", False), ("bf16", True), ("fp16", False), ("fp32", False)):
+        add("partial", "partial_kernel", dtype, 1, odd)
+        add("backward", "backward_kernel", dtype, 2, odd, WIDE=True)
+        variants = [("gradient", {})]
+        if dtype == "bf16" and not odd:
+            variants += [("values", {}), ("gradient, bias, scale, cap", every)]
+            variants += [(f"{what}, cap", {"CAP": True}) for what in ("gradient", "values")]
+        for label, head in variants:
+            write, head = label.startswith("gradient"), HEAD | head
+            add(f"rows, {label}", "row_kernel", dtype, 1 + write, odd, WRITE_GRAD=write, **head)
+    every_one = dict.fromkeys(STATISTICS, True)
+    some = STATISTICS | {"ENTROPY": True, "TOP1": True}
+    add("statistics, entropy, top-1", "stats_kernel", "bf16", 1, **HEAD, **some)
+    for dtype, odd, head in (("bf16", False, HEAD), ("bf16", True, every), ("fp32", False, every)):
+        more = ", bias, scale, cap" if head is every else ""
+        add(f"statistics, all{more}", "stats_kernel", dtype, 1, odd, **head, **every_one)
+        add(f"statistics, gradient{more}", "stats_grad_kernel", dtype, 2, odd, **head)
+    slices = -(-N_COLS // block_of("partial_kernel", "bf16", N_COLS).size)
+    slices = 1 << (slices - 1).bit_length()
+    rows = max(1, block_of("finalize_kernel", "bf16", N_COLS).size // slices)
+    add("finalize", "finalize_kernel", "bf16", ROWS=rows, SLICES=slices)
+    add("segment sum", "segment_sum_kernel", "bf16")
+    add("segment expand", "segment_expand_kernel", "bf16")
     return found
-
-
-def _stats_cases(dtypes: dict) -> list[Case]:
-    """Entropy and its gradient, as logps/triton/row_stats*.py launch them."""
-    from sppo_kernels.logps.triton import config
-
-    head = dict.fromkeys(("BIAS", "SCALE", "CAP"), False)
-    every, entropy = dict.fromkeys(head, True), {"ENTROPY": True, "TOP1": True}
-    none = dict.fromkeys(("ENTROPY", "SQUARES", "MEAN", "TOP1"), False)
-    found = []
-    for label, name, vocab, transform, wanted in (
-        ("entropy, top-1 (bf16)", "bf16", N_COLS, head, {**none, **entropy}),
-        ("all (bf16)", "bf16", N_COLS, head, dict.fromkeys(none, True)),
-        ("all, bias, scale, cap (bf16, odd V)", "bf16", N_COLS_ODD, every, dict.fromkeys(none, 1)),
-        ("all, bias, scale, cap (fp32)", "fp32", N_COLS, every, dict.fromkeys(none, True)),
-    ):
-        dtype = dtypes[name]
-        tile = {"VEC": config.vector(dtype), "EDGES": vocab == N_COLS_ODD, **transform}
-        block = config.block("stats", dtype, vocab)
-        sizes = {"BLOCK": block.size, **tile, **wanted}
-        found.append(
-            Case(f"statistics, {label}", "stats_kernel", name, sizes, block.num_warps, 1, vocab)
-        )
-        if not label.startswith("entropy"):
-            block, label = config.block("backward", dtype, vocab), label.replace("all", "gradient")
-            sizes = {"BLOCK": block.size, **tile}
-            found.append(
-                Case(
-                    f"statistics, {label}", "stats_grad_kernel", name, sizes, block.num_warps, 2,
-                    vocab,
-                )
-            )  # fmt: skip
-    return found
-
-
-def _types(case: Case) -> dict[str, str]:
-    """Types of the arguments, where not 32-bit integers."""
-    rows = dict.fromkeys(("logits", "out", "z", "bias"), "*" + case.dtype)
-    if case.kernel.startswith("segment"):
-        rows["out"] = "*fp32"
-    small = "part_max part_sum logp norm grad values entropy squares mean grad_logp grad_entropy"
-    rows.update(dict.fromkeys(small.split(), "*fp32"))
-    rows.update(dict.fromkeys(("scale", "cap", "inv_cap"), "fp32"))
-    rows.update(labels="*i64", cu_seqlens="*i64", top1="*i8")
-    return rows
-
-
-def _kernel(name: str):
-    import importlib
-
-    for module in _MODULES:
-        found = getattr(importlib.import_module(f"sppo_kernels.logps.triton.{module}"), name, None)
-        if found is not None:
-            return found
-    raise LookupError(f"no kernel is named {name!r}")
 
 
 def compile_case(case: Case, target: int) -> tuple[bytes, int]:
@@ -192,7 +198,11 @@ def compile_case(case: Case, target: int) -> tuple[bytes, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, types = _kernel(case.kernel), _types(case)
+    kernel = kernel_named(case.kernel)
+    types = {name: kind for kind, names in TYPES.items() for name in names}
+    types |= dict.fromkeys(ROWS, "*" + case.dtype)
+    if case.kernel.startswith("segment"):
+        types["out"] = "*fp32"
     signature = {
         name: "constexpr" if name in case.constexprs else types.get(name, "i32")
         for name in kernel.arg_names
@@ -210,44 +220,19 @@ def compile_case(case: Case, target: int) -> tuple[bytes, int]:
     return compiled.asm["cubin"], compiled.metadata.shared
 
 
-def describe(code: sass.Code, target: int, num_warps: int, shared: int) -> dict:
-    """The fields of a Report that a cubin alone tells."""
-    held = occupancy.bound(target, num_warps, code.registers, shared)
-    return {
-        "target": target,
-        "num_warps": num_warps,
-        "registers": code.registers,
-        "stack": code.stack,
-        "local_ops": code.count(r"LDL|STL"),
-        "shared": shared,
-        "loads_128": code.count(r"LDG\S*\.128"),
-        "stores_128": code.count(r"STG\S*\.128"),
-        "ex2": code.count(r"MUFU\.EX2"),
-        "instructions": sum(code.counts().values()),
-        "warps_per_sm": held.warps,
-        "limit": held.limit,
-        "loads": sass.widths(code, "LDG"),
-        "stores": sass.widths(code, "STG"),
-        "noted": {name: code.count(pattern) for name, pattern in sass.NOTED.items()},
-    }
-
-
-def inspect(case: Case, target: int) -> Report:
-    """Compile a case and read its cubin."""
+def inspect(job: tuple[Case, int]) -> Report:
+    """Compile a case for a target and read its cubin."""
+    case, target = job
     cubin, shared = compile_case(case, target)
     (code,) = sass.read(cubin)
-    return Report(
-        case=case.label,
-        kernel=case.kernel,
-        sweeps=case.sweeps,
-        writes=case.passes == 2,
-        block=case.constexprs.get("BLOCK", 0),
-        sweep=dict(sass.sweep(code)) if case.sweeps else {},
-        elements=case.elements_per_thread if case.sweeps else 0,
-        passes=case.passes,
-        itemsize=4 if case.dtype == "fp32" else 2,
-        **describe(code, target, case.num_warps, max(shared, code.shared)),
-    )
+    more: dict[str, Any] = {"block": case.constexprs.get("BLOCK", 0), "passes": case.passes}
+    if case.sweeps:
+        more["sweep"] = dict(sass.sweep(code))
+        more["elements"] = more["block"] // (case.num_warps * 32)
+    return report(
+        case.label, case.kernel, target, code, case.num_warps, max(shared, code.shared),
+        itemsize=4 if case.dtype == "fp32" else 2, **more,
+    )  # fmt: skip
 
 
 def inspect_cuda(processes: int = 2, targets: tuple[int, ...] = TARGETS) -> list[Report]:
@@ -257,23 +242,17 @@ def inspect_cuda(processes: int = 2, targets: tuple[int, ...] = TARGETS) -> list
         kernel, words = cuda.label(code.symbol)
         if not code.threads:
             raise ValueError(f"{kernel}: expected __launch_bounds__, which say the threads")
-        told = describe(code, target, code.threads // 32, code.shared)
         sweep = dict(code.counts()) if kernel == "targets_thread_kernel" else {}
-        reports.append(
-            Report(f"{kernel} ({words})", kernel, False, False, block=0, sweep=sweep, **told)
-        )
+        name, warps = f"{kernel} ({words})", code.threads // 32
+        reports.append(report(name, kernel, target, code, warps, code.shared, sweep=sweep))
     return reports
-
-
-def _inspect(job: tuple[Case, int]) -> Report:
-    return inspect(*job)
 
 
 def collect(processes: int = 2) -> list[Report]:
     """Reports of all cases for all targets."""
     jobs = [(case, target) for case in cases() for target in TARGETS]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_inspect, jobs))
+        return list(pool.map(inspect, jobs))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.render import ours_of, seconds
+from benchmarks.render import ours_of, seconds, table
 from benchmarks.rows import RESULTS, ROOT, SCHEMA_VERSION, Row, ceiling_ratio, read_json, same_case
 
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
@@ -78,20 +78,18 @@ def loss_lines(rows: Sequence[Row]) -> list[str]:
         return []
     measured = {r.provider for r in rows if r.times}
     shown = [column for column, names in COLUMNS.items() if measured & {*names}]
-    out = [
-        "| case | of ceiling | " + " | ".join(shown) + " | memory |",
-        "|" + " --- |" * (len(shown) + 3),
-    ]
-    order = list(TITLES)
-    for ours in sorted(lines, key=lambda r: order.index(r.group)):
+    out = []
+    for ours in sorted(lines, key=lambda r: [*TITLES].index(r.group)):
         same = {r.provider: r for r in same_case(rows, ours) if r.times}
         share = ceiling_ratio(rows, ours)
         cells = [_case(ours, fast[ours.key]), "–" if share is None else f"{100 * share:.0f} %"]
         for column in shown:
             found = [same[n] for n in COLUMNS[column] if n in same]
             cells.append(" / ".join(f"{r.best / ours.best:.2f}" for r in found) or "–")
-        out.append("| " + " | ".join([*cells, _memory(ours, same.get("eager"))]) + " |")
-    return out
+        eager = same.get("eager", ours).extra_peak
+        known = "eager" in same and eager and ours.extra_peak is not None
+        out.append([*cells, f"{ours.extra_peak / eager:.2f}" if known else "–"])
+    return [table(["case", "of ceiling", *shown, "memory"], out)]
 
 
 def _case(ours: Row, fast: Row) -> str:
@@ -103,12 +101,6 @@ def _case(ours: Row, fast: Row) -> str:
     return f"{text}, {ours.case}"
 
 
-def _memory(ours: Row, eager: Row | None) -> str:
-    if eager is None or ours.extra_peak is None or not eager.extra_peak:
-        return "–"
-    return f"{ours.extra_peak / eager.extra_peak:.2f}"
-
-
 def game_lines(rows: Sequence[Row]) -> list[str]:
     """Preference games on one core: our time, and how many times longer the peers take."""
     rows = [r for r in rows if r.group == "games" and r.times]
@@ -117,10 +109,10 @@ def game_lines(rows: Sequence[Row]) -> list[str]:
         cells = []
         for size in ("K=5", "K=16"):
             case = [
-                r for r in rows
-                if r.case == f"{what} {size}"
-                or (r.case.startswith(f"{what} {size},") and not r.case.endswith("each"))
-            ]  # fmt: skip
+                r
+                for r in rows
+                if f"{r.case},".startswith(f"{what} {size},") and not r.case.endswith("each")
+            ]
             ours = next((r for r in case if r.is_ours), None)
             if ours is None:
                 cells.append("–")
@@ -133,14 +125,9 @@ def game_lines(rows: Sequence[Row]) -> list[str]:
             cells.append(f"{seconds(ours.best, ours.per)}; " + ", ".join(peers))
         if set(cells) != {"–"}:
             name = "symmetrise, win rates, pair, targets" if what == "fused path" else f"`{what}`"
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    if not lines:
-        return []
-    return [
-        "| games, one core: our time; times as long for others | K = 5 | K = 16 |",
-        "| --- | --- | --- |",
-        *lines,
-    ]
+            lines.append([name, *cells])
+    header = ("games, one core: our time; times as long for others", "K = 5", "K = 16")
+    return [table(header, lines)] if lines else []
 
 
 def trainer_lines(rows: Sequence[Row]) -> list[str]:
@@ -170,15 +157,12 @@ def trl_lines(rows: Sequence[Row]) -> list[str]:
         parts[what] = f"{theirs.best / ours.best:.1f} times faster"
         if ours.extra_peak and theirs.extra_peak:
             parts[what] += f" with {ours.extra_peak / theirs.extra_peak:.2f} of the peak memory"
-    compact = found.get(("trl-dpo-head", "trl, compact"))
-    more = (
-        ""
-        if compact is None
-        else (
+    compact, more = found.get(("trl-dpo-head", "trl, compact")), ""
+    if compact is not None:
+        more = (
             f" TRL's own function, given only the positions that have a label, takes "
             f"{compact.best / found['trl-dpo-head', 'patched'].best:.1f} times as long as ours."
         )
-    )
     return [
         f"TRL's DPOTrainer after `patch()` ({ours.case}, {ours.dtype}): its head {parts['head']}, "
         f"a whole step {parts['step']}.{more} "

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from benchmarks.kernel_report import cuda, predict
 from benchmarks.kernel_report.predict import H200, SHAPES, Prediction, Shape, Whole
 from benchmarks.kernel_report.sass import NOTED
+from benchmarks.kernels import Report, block_of
+from benchmarks.render import columns, table
 
-if TYPE_CHECKING:
-    from benchmarks.kernels import Report
-
-STATIC = ["kernel", "sm", "block", "warps", "regs", "spill", "smem B", "warps/SM", "limit"]
-STATIC += ["LDG", "STG", *list(NOTED)[2:], "instr"]
-OF_CUDA = ["kernel", "threads", "regs", "stack B", "LDL+STL", "smem B", "warps/SM", "limit"]
-OF_CUDA += ["LDG", "STG", "FFMA", "DFMA", "SHFL", "BAR", "instr"]
-TIMES = ["shape", "kernel", "GB", "Gflop", "memory ms", "issue", "FP32", "ALU", "MUFU"]
-TIMES += ["predicted ms", "bound by"]
-WHOLE = ["shape", "operation", "products ms", "added ms", "predicted share of the products' rate"]
-SMALL = ["kernel", "counted", "memory us", "bound by"]
-GAMES = ["kernel", "B a game", "memory", "issue", "ALU", "FP32", "MUFU", "bound by"]
-
-# What a program moves beside the rows, in bytes a row: labels, log-probs, norms, coefficients.
-_BESIDE = {"partial_kernel": 8 + 8 * 16, "backward_kernel": 8 + 4 + 8 + 4, "row_kernel": 8 + 8}
+Columns = Mapping[str, Callable[[Any], Any]]
 
 
 def _widths(found: dict[int, int]) -> str:
@@ -32,54 +20,112 @@ def _widths(found: dict[int, int]) -> str:
     return " ".join(f"{n}x{bits}" for bits, n in found.items()) or "-"
 
 
-def _static_rows(reports: list[Report]) -> list[list[str]]:
-    return [
-        [
-            *(r.case, str(r.target), str(r.block or "-"), str(r.num_warps), str(r.registers)),
-            *(str(r.stack + r.local_ops), str(r.shared), str(r.warps_per_sm), r.limit),
-            *(_widths(r.loads), _widths(r.stores)),
-            *(str(n) for n in list(r.noted.values())[2:]),
-            str(r.instructions),
-        ]
-        for r in reports
-    ]
+def _noted(name: str) -> Callable[[Report], int]:
+    return lambda r: r.noted[name]
 
 
-def _same(values: list) -> str:
-    """One value, or one a target."""
-    return str(values[0]) if len(set(values)) == 1 else " / ".join(map(str, values))
+def _range(low: float, high: float) -> str:
+    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f}-{high:.2f}"
+
+
+def _pipe(name: str, scale: float = 1.0, digits: int = 2) -> Callable[[Prediction], str]:
+    return lambda p: f"{p.pipes[name] * scale:.{digits}f}"
+
+
+# Columns of the tables, and what stands in them of a report, prediction or operation.
+_OF_BOTH: Columns = {
+    "smem B": lambda r: r.shared,
+    "warps/SM": lambda r: r.warps_per_sm,
+    "limit": lambda r: r.limit,
+    "LDG": lambda r: _widths(r.loads),
+    "STG": lambda r: _widths(r.stores),
+}
+STATIC: Columns = {
+    "kernel": lambda r: r.case,
+    "sm": lambda r: r.target,
+    "block": lambda r: r.block or "-",
+    "warps": lambda r: r.num_warps,
+    "regs": lambda r: r.registers,
+    "spill": lambda r: r.stack + r.local_ops,
+    **_OF_BOTH,
+    **{name: _noted(name) for name in list(NOTED)[2:]},
+    "instr": lambda r: r.instructions,
+}
+OF_CUDA: Columns = {
+    "kernel": lambda r: r.case,
+    "threads": lambda r: 32 * r.num_warps,
+    "regs": lambda r: r.registers,
+    "stack B": lambda r: r.stack,
+    "LDL+STL": lambda r: r.local_ops,
+    **_OF_BOTH,
+    **{name: _noted(name) for name in ("FFMA", "DFMA", "SHFL", "BAR")},
+    "instr": lambda r: r.instructions,
+}
+TIMES: Columns = {
+    "shape": lambda p: p.shape,
+    "kernel": lambda p: p.kernel,
+    "GB": lambda p: f"{p.bytes / 1e9:.2f}",
+    "Gflop": lambda p: f"{p.flops / 1e9:.1f}",
+    "memory ms": lambda p: _range(*p.memory),
+    **{name: _pipe(name) for name in ("issue", "FP32", "ALU", "MUFU")},
+    "predicted ms": lambda p: _range(*p.ms),
+    "bound by": lambda p: p.bound,
+}
+WHOLE: Columns = {
+    "shape": lambda w: w.shape,
+    "operation": lambda w: f"{w.name} ({w.products} products)",
+    "products ms": lambda w: f"{w.gemm_ms:.1f}",
+    "added ms": lambda w: _range(*w.added_ms),
+    "predicted share of the products' rate": lambda w: (
+        f"{100 * w.share[0]:.1f}-{100 * w.share[1]:.1f} %"
+    ),
+}
+GAMES: Columns = {
+    "kernel": lambda p: p.kernel,
+    "B a game": lambda p: f"{p.bytes / _MILLION:.0f}",
+    "memory": lambda p: f"{p.memory[1] * 1e3:.0f}",
+    **{name: _pipe(name, 1e3, 0) for name in ("issue", "ALU", "FP32", "MUFU")},
+    "bound by": lambda p: p.bound,
+}
+SMALL = ("kernel", "counted", "memory us", "bound by")
+
+# What a program moves beside the rows, in bytes a row: labels, log-probs, norms, coefficients.
+_BESIDE = {"partial_kernel": 8 + 8 * 16, "backward_kernel": 8 + 4 + 8 + 4, "row_kernel": 8 + 4}
+# Kernels whose time is not in their bytes: what is counted, bytes, and what bounds them instead.
+# N tokens with 16 slices of the vocabulary each; a million games of K responses in float32.
+_TOKENS, _MILLION = SHAPES[0].rows, 1_000_000
+_LESS_THAN_A_LAUNCH = {
+    "finalize_kernel": (_TOKENS * (16 * 8 + 8 + 4 + 8 + 32), "a launch"),
+    "segment_sum_kernel": (_TOKENS * 4, "a launch, and latency: a program a sequence"),
+    "segment_expand_kernel": (_TOKENS * 4, "a launch, and latency: a program a sequence"),
+}
+_GAMES = {
+    "symmetrize_kernel": (16, 8, "memory, if both orders of a pair come from L1"),
+    "targets_warp_kernel": (16, 4, "latency: a lane walks a row of K"),
+    "thread_kernel": (8, 4, "steps, which depend on the games; local memory"),
+    "shared_kernel": (32, 4, "steps, which depend on the games; FP64 and shared memory"),
+    "global_kernel": (64, 4, "steps, which depend on the games; L2"),
+    "aggregate_kernel": (16, 24, "the comparisons' order: 40 B each, read at random"),
+}
+
+
+def cells(shown: Columns, items: Iterable) -> list[list[str]]:
+    """The rows of a table."""
+    return [[str(get(item)) for get in shown.values()] for item in items]
 
 
 def _cuda_rows(reports: list[Report]) -> list[list[str]]:
+    """A row a kernel: one value, or one a target where they differ."""
     by_case: dict[str, list[Report]] = {}
-    for report in reports:
+    for report in sorted(reports, key=lambda r: (r.case, r.target)):
         by_case.setdefault(report.case, []).append(report)
-    rows = []
-    for case, found in sorted(by_case.items()):
-        found.sort(key=lambda r: r.target)
-        noted = [[r.noted[n] for r in found] for n in ("FFMA", "DFMA", "SHFL", "BAR")]
-        rows.append(
-            [
-                case,
-                *(
-                    _same([str(get(r)) for r in found])
-                    for get in (
-                        lambda r: 32 * r.num_warps,
-                        lambda r: r.registers,
-                        lambda r: r.stack,
-                        lambda r: r.local_ops,
-                        lambda r: r.shared,
-                        lambda r: r.warps_per_sm,
-                        lambda r: r.limit,
-                        lambda r: _widths(r.loads),
-                        lambda r: _widths(r.stores),
-                    )
-                ),
-                *map(_same, noted),
-                _same([r.instructions for r in found]),
-            ]
-        )
-    return rows
+    return [
+        [
+            " / ".join(found if len({*found}) > 1 else found[:1])
+            for found in zip(*targets, strict=True)
+        ]
+        for targets in (cells(OF_CUDA, found) for found in by_case.values())
+    ]
 
 
 def predictions(reports: list[Report]) -> list[Prediction]:
@@ -88,19 +134,13 @@ def predictions(reports: list[Report]) -> list[Prediction]:
     Raises:
         ValueError: the launcher would choose another block for some shape than was compiled.
     """
-    import torch
-
-    from sppo_kernels.logps.triton import config
-
-    chosen = {"partial_kernel": "split", "backward_kernel": "backward", "row_kernel": "row"}
     found = []
     for shape in SHAPES:
         for r in reports:
             if not r.sweeps or r.target != 90 or not _belongs(r, shape):
                 continue
-            name = chosen.get(r.kernel)
-            block = name and config.block(name, torch.bfloat16, shape.vocab)
-            if block is not None and block != (r.block, r.num_warps):
+            block = block_of(r.kernel, "bf16", shape.vocab)
+            if block != (r.block, r.num_warps):
                 raise ValueError(f"{r.case}: at {shape} the launcher takes {block}")
             small = _BESIDE.get(r.kernel, 16)
             moved = predict.moved_bytes(r.passes, shape.rows, shape.vocab, r.itemsize, small)
@@ -122,48 +162,29 @@ def _belongs(report: Report, shape: Shape) -> bool:
 def wholes(found: list[Prediction]) -> list[Whole]:
     """The fused operations: their products and what the package adds to them."""
     by_name = {(p.shape, p.kernel.split(" (")[0]): p for p in found}
-    rows = []
-    for shape in SHAPES:
-        cap = ", cap" if shape.softcap else ""
-        gradient = by_name[str(shape), "rows, gradient" + cap]
-        values = by_name[str(shape), "rows, values" + cap]
-        for name, products, kernel in (
-            ("trainable head", 3, gradient),
-            ("frozen head", 2, gradient),
-            ("no gradient", 1, values),
-        ):
-            rows.append(predict.whole(shape, name, products, kernel, H200))
-    return rows
+    operations = (
+        ("trainable head", 3, "gradient"), ("frozen head", 2, "gradient"),
+        ("no gradient", 1, "values"),
+    )  # fmt: skip
+    return [
+        predict.whole(
+            shape, name, products,
+            by_name[str(shape), f"rows, {kernel}{', cap' * shape.softcap}"], H200,
+        )
+        for shape in SHAPES
+        for name, products, kernel in operations
+    ]  # fmt: skip
 
 
-def games(reports: list[Report], number: int = 1_000_000) -> list[tuple[str, Prediction]]:
+def games(reports: list[Report]) -> list[Prediction]:
     """The common path of preference games, a million games in float32, on sm_90."""
     found = []
-    for r in reports:
+    for r in sorted(reports, key=lambda r: r.case):
         if r.target == 90 and r.kernel == "targets_thread_kernel" and "float32" in r.case:
             k = int(r.case.split("K = ")[1].split(",")[0])
-            moved = number * (4.0 * k * k + 8 * k + 20)
-            told = predict.predict(f"{number} games", r.case, moved, number, Counter(r.sweep), H200)
-            found.append((r.case, told))
-    return sorted(found)
-
-
-# Kernels whose time is not in their bytes: what is counted, bytes, and what bounds them instead.
-# N tokens with 16 slices of the vocabulary each; a million games of K responses in float32.
-_TOKENS, _MILLION = SHAPES[0].rows, 1_000_000
-_LESS_THAN_A_LAUNCH = {
-    "finalize_kernel": (_TOKENS * (16 * 8 + 8 + 4 + 8 + 32), "a launch"),
-    "segment_sum_kernel": (_TOKENS * 4, "a launch, and latency: a program a sequence"),
-    "segment_expand_kernel": (_TOKENS * 4, "a launch, and latency: a program a sequence"),
-}
-_GAMES = {
-    "symmetrize_kernel": (16, 8, "memory, if both orders of a pair come from L1"),
-    "targets_warp_kernel": (16, 4, "latency: a lane walks a row of K"),
-    "thread_kernel": (8, 4, "steps, which depend on the games; local memory"),
-    "shared_kernel": (32, 4, "steps, which depend on the games; FP64 and shared memory"),
-    "global_kernel": (64, 4, "steps, which depend on the games; L2"),
-    "aggregate_kernel": (16, 24, "the comparisons' order: 40 B each, read at random"),
-}
+            moved, counts = _MILLION * (4.0 * k * k + 8 * k + 20), Counter(r.sweep)
+            found.append(predict.predict("games", r.case, moved, _MILLION, counts, H200))
+    return found
 
 
 def small_rows(kernels: Iterable[str]) -> list[list[str]]:
@@ -173,78 +194,35 @@ def small_rows(kernels: Iterable[str]) -> list[list[str]]:
     """
     unknown = sorted(set(kernels) - set(_LESS_THAN_A_LAUNCH))
     rows = [[name, "not counted", "-", "a launch"] for name in unknown]
+
+    def add(name: str, what: str, moved: float, digits: int, bound: str) -> None:
+        time = moved / H200.bandwidth[0] * 1e6
+        counted = f"{what}: {moved / 1e6:.{digits}f} MB"
+        rows.append([name, counted, f"{time:.{digits}f}", bound])
+
     for name, (moved, bound) in _LESS_THAN_A_LAUNCH.items():
-        time = moved / H200.bandwidth[0] * 1e6
-        rows.append([name, f"N = {_TOKENS}: {moved / 1e6:.2f} MB", f"{time:.2f}", bound])
+        add(name, f"N = {_TOKENS}", moved, 2, bound)
     for name, (k, each, bound) in _GAMES.items():
-        moved = _MILLION * k * k * each
-        time = moved / H200.bandwidth[0] * 1e6
-        rows.append(
-            [name, f"{_MILLION} games, K = {k}: {moved / 1e6:.0f} MB", f"{time:.0f}", bound]
-        )
+        add(name, f"{_MILLION} games, K = {k}", _MILLION * k * k * each, 0, bound)
     return rows
-
-
-def _range(low: float, high: float) -> str:
-    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f}-{high:.2f}"
-
-
-def _time_rows(found: list[Prediction]) -> list[list[str]]:
-    return [
-        [
-            *(p.shape, p.kernel, f"{p.bytes / 1e9:.2f}", f"{p.flops / 1e9:.1f}"),
-            _range(*p.memory),
-            *(f"{p.pipes[name]:.2f}" for name in ("issue", "FP32", "ALU", "MUFU")),
-            *(_range(*p.ms), p.bound),
-        ]
-        for p in found
-    ]
-
-
-def _whole_rows(found: list[Whole]) -> list[list[str]]:
-    return [
-        [
-            *(str(w.shape), f"{w.name} ({w.products} products)", f"{w.gemm_ms:.1f}"),
-            *(_range(*w.added_ms), f"{100 * w.share[0]:.1f}-{100 * w.share[1]:.1f} %"),
-        ]
-        for w in found
-    ]
-
-
-def _game_rows(found: list[tuple[str, Prediction]]) -> list[list[str]]:
-    return [
-        [
-            *(case, f"{p.bytes / 1e6:.0f}", f"{p.memory[1] * 1e3:.0f}"),
-            *(f"{p.pipes[name] * 1e3:.0f}" for name in ("issue", "ALU", "FP32", "MUFU")),
-            p.bound,
-        ]
-        for case, p in found
-    ]
-
-
-def _text(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = (
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(cells))
-        for cells in (zip(row, widths, strict=True) for row in [header, *rows])
-    )
-    return "\n".join(lines)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
 
 def text(reports: list[Report], of_cuda: list[Report]) -> str:
     """What the command prints."""
     found = predictions(reports)
-    parts = [_text(STATIC, _static_rows(reports))]
+    parts = [columns([*STATIC], cells(STATIC, reports))]
     if of_cuda:
-        parts.append(_text(OF_CUDA, _cuda_rows(of_cuda)))
+        parts.append(columns([*OF_CUDA], _cuda_rows(of_cuda)))
     parts.append("Predicted for an H200, measured nowhere:")
-    parts += [_text(TIMES, _time_rows(found)), _text(WHOLE, _whole_rows(wholes(found)))]
+    parts += [
+        columns([*TIMES], cells(TIMES, found)),
+        columns([*WHOLE], cells(WHOLE, wholes(found))),
+    ]
     return "\n\n".join(parts)
+
+
+def _table(shown: Iterable[str], rows: list[list[str]]) -> str:
+    return table([*shown], rows, left=())
 
 
 def markdown(reports: list[Report], of_cuda: list[Report]) -> str:
@@ -269,7 +247,7 @@ memory, threads and blocks allow, and `limit` the first that runs out. LDG and S
 accesses as number x bits of a thread. EX2, LG2 and RCP are MUFU instructions; MMA counts tensor
 core instructions (the products are cuBLAS's). All counts are static.
 
-{_table(STATIC, _static_rows(reports))}
+{_table(STATIC, cells(STATIC, reports))}
 
 ## CUDA, compiled for sm_80, sm_90 and sm_100
 
@@ -290,14 +268,14 @@ count the instructions of the loops that sweep, or the whole program where there
 branches not taken. The largest bounds the kernel; where two are close, expect less than either
 alone allows.
 
-{_table(TIMES, _time_rows(found))}
+{_table(TIMES, cells(TIMES, found))}
 
 The whole operations: their matrix products at {H200.gemm / 1e12:.0f} TFLOP/s (bfloat16), and what
 is added to them: the row kernel above and the passes over [N, D]. Launches and the merging of
 chunks are not counted, and chunks do not overlap. The last column is to be compared with the
 targets: 95 % for D >= 2048, 85 % at D = 896.
 
-{_table(WHOLE, _whole_rows(wholes(found)))}
+{_table(WHOLE, cells(WHOLE, wholes(found)))}
 
 The row kernel reads z twice. It counts one read because the second should come from L2: it keeps
 32 warps an SM, so one row of {row / 1e3:.0f} KB an SM, {row * H200.sms / 1e6:.0f} MB of the
@@ -308,7 +286,7 @@ Whether L2 keeps them has to be measured; where it does not, the gradient reads 
 Preference games, float32, the common path, for a million games, in microseconds. Instructions are
 those of all four modes together, so the truth should be less.
 
-{_table(GAMES, _game_rows(games(of_cuda)))}
+{_table(GAMES, cells(GAMES, games(of_cuda)))}
 
 The others, for which the time of their bytes is a floor and not a prediction:
 

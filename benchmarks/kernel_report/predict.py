@@ -58,18 +58,15 @@ class Prediction:
     pipes: dict[str, float]
 
     @property
-    def slowest(self) -> str:
-        """The pipe that takes longest."""
-        return max(self.pipes, key=self.pipes.get)
-
-    @property
     def ms(self) -> tuple[float, float]:
         busy = max(self.pipes.values())
         return max(self.memory[0], busy), max(self.memory[1], busy)
 
     @property
     def bound(self) -> str:
-        return "memory" if self.memory[1] >= max(self.pipes.values()) else self.slowest
+        """The pipe that takes longest, or memory."""
+        slowest = max(self.pipes, key=self.pipes.get)
+        return "memory" if self.memory[1] >= self.pipes[slowest] else slowest
 
 
 def arithmetic(counts: Counter[str]) -> float:
@@ -82,14 +79,14 @@ def predict(
     shape: str, kernel: str, moved: float, threads: float, counts: Counter[str], device: Device
 ) -> Prediction:
     """`threads` threads execute `counts` each, and `moved` bytes go through DRAM."""
-    cycles = {name: c * threads / device.sms for name, c in pipe_cycles(counts).items()}
+    scale = threads / device.sms / device.clock * 1e3
     return Prediction(
         shape=shape,
         kernel=kernel,
         bytes=moved,
         flops=arithmetic(counts) * threads,
         memory=tuple(moved / rate * 1e3 for rate in reversed(device.bandwidth)),
-        pipes={name: c / device.clock * 1e3 for name, c in cycles.items()},
+        pipes={name: c * scale for name, c in pipe_cycles(counts).items()},
     )
 
 
@@ -120,8 +117,6 @@ def whole(shape: Shape, name: str, products: int, row_kernel: Prediction, device
     flops = 2.0 * shape.rows * shape.dim * shape.vocab * products
     # dh = coef * dx reads and writes [N, D]; the dW product reads a scaled copy of the hidden rows.
     passes = {1: 0, 2: 2, 3: 4}[products]
-    extra = [shape.rows * shape.dim * 2 * passes / rate * 1e3 for rate in device.bandwidth]
+    slow, fast = (shape.rows * shape.dim * 2 * passes / rate * 1e3 for rate in device.bandwidth)
     low, high = row_kernel.ms
-    return Whole(
-        shape, name, products, flops / device.gemm * 1e3, (low + extra[1], high + extra[0])
-    )
+    return Whole(shape, name, products, flops / device.gemm * 1e3, (low + fast, high + slow))

@@ -1,4 +1,8 @@
-"""What is in a cubin: registers, stack and shared memory, and the instructions of each kernel."""
+"""What is in a cubin: registers, stack and shared memory, and the instructions of each kernel.
+
+Limits of a multiprocessor and the lanes of its pipes are those of NVIDIA's CUDA C++ programming
+guide for compute capability 8.0, 9.0 and 10.0.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESERVED_SHARED = 1024  # bytes of shared memory that the driver keeps of every block, from sm_80 on
+SM_WARPS, SM_BLOCKS, SM_REGISTERS = 64, 32, 65536
+SM_SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 
 
 @dataclass
@@ -101,8 +107,7 @@ def sweep(code: Code) -> Counter[str]:
     return loops
 
 
-# Pipes that take fewer than 128 lanes an SM and cycle, by how an opcode begins (Hopper; lanes from
-# the throughput table of NVIDIA's CUDA C++ programming guide, compute capability 9.0).
+# Pipes that take fewer than 128 lanes an SM and cycle, by how an opcode begins (Hopper).
 PIPES = {
     "MUFU": (r"MUFU|F2F\.|I2F|F2I", 16),
     "FP64": (r"DFMA|DADD|DMUL|DSETP", 64),
@@ -124,6 +129,30 @@ def pipe_cycles(counts: Counter[str]) -> dict[str, float]:
     cycles["FP32"] = fp32 / 128
     cycles["issue"] = sum(n for op, n in counts.items() if op != "NOP") / 128
     return cycles
+
+
+def occupancy(target: int, num_warps: int, registers: int, shared: int) -> tuple[int, str]:
+    """Warps that an SM holds, and the resource that runs out first.
+
+    Args:
+        num_warps: of a block.
+        registers: of a thread. shared: bytes of a block.
+
+    Raises:
+        ValueError: not even one block fits.
+    """
+    a_warp = -(-registers * 32 // 256) * 256  # registers are given out 256 at a time
+    held = SM_REGISTERS // 4 // a_warp * 4  # each quarter of an SM has its own registers
+    blocks = {  # where several run out at once, the first named: those no kernel can help
+        "threads": SM_WARPS // num_warps,
+        "blocks": SM_BLOCKS,
+        "registers": held // num_warps,
+        "shared memory": SM_SHARED[target] // (shared + RESERVED_SHARED),
+    }
+    limit = min(blocks, key=blocks.get)
+    if blocks[limit] == 0:
+        raise ValueError(f"no block of {num_warps} warps fits an SM of sm_{target}: {limit}")
+    return blocks[limit] * num_warps, limit
 
 
 def tools() -> Path:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import kernels
-from benchmarks.kernel_report import cuda, document, occupancy, predict, sass
+from benchmarks.kernel_report import cuda, document, predict, sass
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "kernels.md"
@@ -73,20 +73,13 @@ def test_the_document_is_of_this_report():
 
 def test_predictions_are_for_the_blocks_that_are_compiled():
     """One compilation serves all shapes only while the launchers choose the same block."""
-    import torch
-
-    from sppo_kernels.logps.triton import config
-
     compiled = {c.label: c for c in kernels.cases()}
     for shape in predict.SHAPES:
-        for label, kernel in (
-            ("partial (bf16)", "split"),
-            ("backward (bf16)", "backward"),
-            ("rows, gradient (bf16)", "row"),
-        ):
+        for label in ("partial (bf16)", "backward (bf16)", "rows, gradient (bf16)",
+                      "statistics, all (bf16)", "statistics, gradient (bf16)"):  # fmt: skip
             case = compiled[label]
-            chosen = config.block(kernel, torch.bfloat16, shape.vocab)
-            assert chosen == (case.constexprs["BLOCK"], case.num_warps)
+            block = kernels.block_of(case.kernel, "bf16", shape.vocab)
+            assert block == (case.constexprs["BLOCK"], case.num_warps)
 
 
 SOURCE = """
@@ -161,12 +154,12 @@ def test_a_sweep_is_the_loops_that_take_exponentials():
     ],
 )
 def test_occupancy_by_hand(target, num_warps, registers, shared, warps, limit):
-    assert occupancy.bound(target, num_warps, registers, shared) == (warps, limit)
+    assert sass.occupancy(target, num_warps, registers, shared) == (warps, limit)
 
 
 def test_a_block_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match="registers"):
-        occupancy.bound(90, 32, 128, 0)
+        sass.occupancy(90, 32, 128, 0)
 
 
 def test_predictions_by_hand():

@@ -116,27 +116,38 @@ def test_a_job_that_hangs_or_fails_becomes_rows_that_say_so(code, seconds, note,
     assert all(note in r.note for r in rows)
 
 
-def test_the_gpu_run_reports_within_its_budget_and_lines(tmp_path, monkeypatch):
-    """With commands and measurements replaced: what is started when, and what is printed."""
+def gpu_run(monkeypatch, out, rows, takes, measuring=None):
+    """The run on a GPU with its commands and measurements replaced: passed, text, commands, time.
+
+    `takes` gives a command's status and seconds from what it may take; `measuring` are seconds,
+    all that are given without.
+    """
     clock, commands = Clock(), []
 
     def call(argv, seconds):
         commands.append((argv, seconds))
-        clock.now += seconds
-        return None if "pytest" in argv else 0  # the tests do not finish
+        status, spent = takes(argv, seconds)
+        clock.now += spent
+        return status
 
     def run(plan, budget, out, env, log):
-        assert budget <= 480 * (1 - gpu.BUILD_SHARE - gpu.TEST_SHARE)
-        clock.now += budget
-        rows = sample() * 20
-        rows[0].times, rows[0].note = [], "refused: wrong by 1"
+        assert budget <= 480 * (1 - (gpu.BUILD_SHARE + gpu.TEST_SHARE) * (measuring is None))
+        clock.now += budget if measuring is None else measuring
         return rows
 
     monkeypatch.setattr(gpu, "run", run)
-    passed, text = gpu.measure(
-        call, suite.cuda_plan(), 480.0, tmp_path, ENV, io.StringIO(), clock=clock
-    )
+    passed, text = gpu.measure(call, suite.cuda_plan(), 480.0, out, ENV, io.StringIO(), clock)
     assert clock.now - 100 <= 480
+    return passed, text, commands
+
+
+def test_the_gpu_run_reports_within_its_budget_and_lines(tmp_path, monkeypatch):
+    rows = sample() * 20
+    rows[0].times, rows[0].note = [], "refused: wrong by 1"
+    passed, text, commands = gpu_run(
+        monkeypatch, tmp_path, rows,
+        lambda argv, seconds: (None if "pytest" in argv else 0, seconds),  # tests do not finish
+    )  # fmt: skip
     assert not passed
     assert len(text.splitlines()) <= gpu.LINES
     assert "tests marked gpu: time was up" in text
@@ -148,28 +159,12 @@ def test_the_gpu_run_reports_within_its_budget_and_lines(tmp_path, monkeypatch):
 
 
 def test_time_left_on_a_gpu_tunes_within_the_budget(tmp_path, monkeypatch):
-    clock, commands = Clock(), []
-
-    def call(argv, seconds):
-        commands.append((argv, seconds))
-        clock.now += 20
-        return 0
-
-    def run(plan, budget, out, env, log):
-        clock.now += 300
-        return sample()
-
-    monkeypatch.setattr(gpu, "run", run)
-    began = clock.now
-    passed, text = gpu.measure(
-        call, suite.cuda_plan(), 480.0, tmp_path, ENV, io.StringIO(), clock=clock
-    )
+    passed, text, commands = gpu_run(monkeypatch, tmp_path, sample(), lambda *_: (0, 20), 300)
     assert passed and "tuned configurations: ok" in text
     argv, seconds = commands[-1]
     assert argv[1:4] == ["-m", "sppo_kernels", "tune"]
     assert seconds == 480 - gpu.RESERVE - (300 + 2 * 20)
     assert float(argv[argv.index("--budget") + 1]) < seconds
-    assert clock.now - began <= 480
 
 
 def test_the_gpu_run_refuses_a_machine_without_one(tmp_path, capsys):
