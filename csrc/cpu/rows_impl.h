@@ -1,8 +1,8 @@
 // The row kernels, written once on the vectors of vec.h; each rows_<isa>.cpp includes this file.
 //
-//   values    log p(y) = (u_y - m) - log l, m = max u, l = sum exp(u - m), u = softcap(scale (z + b))
-//   gradient  dz = coef (exp(u - m) / l - 1_y) du/dz, in place or into `out`
-//   bytes     z is read for m and again (from L2) for l; the gradient is written from the kept
+//   values    log p(y) = (u_y - m) - log l, m = max u, l = sum exp(u - m), u = softcap(scale (z +
+//   b)) gradient  dz = coef (exp(u - m) / l - 1_y) du/dz, in place or into `out` bytes     z is
+//   read for m and again (from L2) for l; the gradient is written from the kept
 //             exponentials. About 12 flops an element
 //   numerics  sums of kBlock elements in float, then in double; m and l are kept apart; the label's
 //             p - 1 is expm1(log p). docs/math.md, section 5
