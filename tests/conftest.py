@@ -1,12 +1,18 @@
 """Seeds of every test; without a CUDA device Triton is interpreted and `gpu` tests are skipped."""
 
+import getpass
 import hashlib
 import os
 import random
+import tempfile
 
 import hypothesis
 import pytest
 import torch
+
+# Its key leaves out the instruction set: graphs cached under another one compute wrong numbers.
+ISA = f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), ISA))
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -26,8 +26,11 @@ CASES = {
 }
 
 
-def logits(hidden, weight, bias, transform):
-    z = hidden @ weight.t() + (0 if bias is None else bias)
+def projected(hidden, weight, bias):
+    return hidden @ weight.t() + (0 if bias is None else bias)
+
+
+def transformed(z, transform):
     z = z * transform.get("logit_scale", 1.0)
     cap = transform.get("final_logit_softcapping")
     return (z if cap is None else cap * torch.tanh(z / cap)) / transform.get("temperature", 1.0)
@@ -85,7 +88,7 @@ def test_outputs_and_gradients(case, entropy_gradient, generator):
         return fused_logprobs(*x, targets, **transform)
 
     def exact(*x):
-        return truth(logits(*x, transform), targets)
+        return truth(transformed(projected(*x), transform), targets)
 
     with torch.autocast("cpu", autocast or BF16, enabled=autocast is not None):
         eager, eager_grads = with_gradients(theirs, leaves, coefficients)
@@ -95,8 +98,10 @@ def test_outputs_and_gradients(case, entropy_gradient, generator):
     inputs.append(None if leaves[2] is None else leaves[2].double())
     expected, expected_grads = with_gradients(exact, inputs, coefficients)
 
-    z = logits(*inputs, transform).requires_grad_()
-    columns = (("log_probs", *OPTIONAL), got, eager, expected, truth(z, targets))
+    product = projected(*inputs).requires_grad_()
+    z = transformed(product, transform)
+    outputs = truth(z, targets)
+    columns = (("log_probs", *OPTIONAL), got, eager, expected, outputs)
     for name, a, b, c, of_z in zip(*columns, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape, name
         if name == "is_top1":
@@ -104,12 +109,14 @@ def test_outputs_and_gradients(case, entropy_gradient, generator):
             assert torch.equal(a, b) if rounded == F32 else (a == b).float().mean() > 0.7
         else:
             assert_within_budget(a, b, c, what=name, size=sensitivity(of_z, z))
+    used = zip(coefficients, outputs, strict=False)
+    (dz,) = torch.autograd.grad(sum((c.double() * o).sum() for c, o in used), product)
+    terms = {"hidden": dz.abs() @ inputs[1].abs()}  # a row's gradient is one sum of them
     for name, grad in got_grads.items():
         # With low precision one rounding more: ours keeps the product of a row in its dtype.
         extra = 2 * torch.finfo(rounded).eps / torch.finfo(grad.dtype).eps
-        assert_within_budget(
-            grad, eager_grads[name], expected_grads[name], what=name, roundings=max(1.0, extra)
-        )
+        given = {"what": name, "roundings": max(1.0, extra), "size": terms.get(name)}
+        assert_within_budget(grad, eager_grads[name], expected_grads[name], **given)
 
 
 def test_only_what_is_asked_for(generator):
@@ -148,7 +155,7 @@ def test_zero3_weights(generator):
     y = torch.randint(9, (4,), generator=generator)
 
     def plain(x, w):
-        return truth(logits(x, w, None, {}), y)
+        return truth(transformed(projected(x, w, None), {}), y)
 
     expected, grads = with_gradients(
         lambda x, w, _: plain(x, w), [x, full, None], [torch.ones(4)] * 2

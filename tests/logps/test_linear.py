@@ -32,9 +32,14 @@ def run(hidden, weight, bias, labels, upstream, **options):
     return [out.detach(), *(t.grad for t in leaves if t is not None)]
 
 
-def logits(hidden, weight, bias, logit_scale=1.0, softcap=None):
-    z = logit_scale * (hidden @ weight.T + (0 if bias is None else bias))
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+def sizes_of(hidden, weight, bias, labels, upstream, logit_scale=1.0, softcap=None):
+    """Of log p, by one rounding of the logits; and of d hidden, of the terms of its sums."""
+    v = (hidden @ weight.T + (0 if bias is None else bias)).requires_grad_()
+    z = logit_scale * v
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    logp = sk.token_logps(z, labels, impl="reference")
+    (dv,) = torch.autograd.grad(logp, v, upstream.double(), retain_graph=True)
+    return {"log p": sensitivity(logp, z), "hidden": dv.abs() @ weight.abs()}
 
 
 def compare(hidden, weight, bias, labels, upstream, roundings=1.0, **options):
@@ -44,12 +49,11 @@ def compare(hidden, weight, bias, labels, upstream, roundings=1.0, **options):
     eager = run(hidden, weight, bias, labels, upstream, impl="reference", **options)
     double = [None if t is None else t.double() for t in (hidden, weight, bias)]
     truth = run(*double, labels, upstream, impl="reference", **options)
-    z = logits(*double, **options).requires_grad_()
-    of_z = sensitivity(sk.token_logps(z, labels, impl="reference"), z)
+    sizes = sizes_of(*double, labels, upstream, **options)
     names = ("log p", "hidden", "weight", "bias")
     for name, value, base, exact in zip(names, ours, eager, truth, strict=False):
-        size = of_z if name == "log p" else None
-        assert_within_budget(value, base, exact, what=name, roundings=roundings, size=size)
+        given = {"what": name, "roundings": roundings, "size": sizes.get(name)}
+        assert_within_budget(value, base, exact, **given)
 
 
 # batch, steps, hidden size, vocabulary, and the reason for the case
