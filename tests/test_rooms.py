@@ -12,7 +12,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sppo_kernels"
 
 # What each room may import beside itself. A module at the top of the package is a room of its own.
-FOUNDATION = ("backend", "checks", "files", "optional", "registry", "results", "testing", "_C")
+FOUNDATION = (
+    "backend",
+    "checks",
+    "files",
+    "optional",
+    "options",
+    "registry",
+    "results",
+    "testing",
+    "_C",
+)
 BELOW = dict.fromkeys(FOUNDATION, ()) | {"backend": ("_C",), "checks": ("backend",)}
 BELOW["logps"] = FOUNDATION
 BELOW["games"] = FOUNDATION

@@ -39,7 +39,6 @@ class HostBatch:
         layout: of the packed tokens, None when padded.
         width: tokens of a row of the input.
         tokens, padding: tokens given to the model, and those beside them that are padding.
-        router: whether the load-balancing loss of a mixture of experts is wanted.
     """
 
     def __init__(
@@ -61,12 +60,11 @@ class HostBatch:
         self.groups, self.pairs = groups, pairs
         self.layout, self.width = layout, width
         self.tokens, self.padding = tokens, padding
-        self.router = False
 
-    def replaced(self, ref_logps: Tensor | None, router: bool = False) -> HostBatch:
+    def replaced(self, ref_logps: Tensor | None) -> HostBatch:
         """The same batch with other reference log-probabilities."""
         other = copy.copy(self)
-        other.ref_logps, other.router = ref_logps, router
+        other.ref_logps = ref_logps
         return other
 
 

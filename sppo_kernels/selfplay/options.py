@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sppo_kernels.data.rows import DataError
 from sppo_kernels.games import TARGETS
 from sppo_kernels.judges.load import names
+from sppo_kernels.options import setting
 
 
 class OptionError(DataError):
     """A setting is missing, unknown, or cannot be combined with another."""
-
-
-def setting(default: Any, help: str) -> Any:
-    """A field of options, with what it is."""
-    return field(default=default, metadata={"help": help})
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:

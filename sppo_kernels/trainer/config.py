@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sppo_kernels.optional import require
+from sppo_kernels.options import setting
 
 require("transformers")
 from transformers import TrainingArguments  # noqa: E402
@@ -21,11 +22,6 @@ CHOICES = {
     "head": ("auto", "fused", "logits"),
     "objective": OBJECTIVES,
 }
-
-
-def setting(default: Any, help: str) -> Any:
-    """A field of a configuration, with its help on the command line."""
-    return field(default=default, metadata={"help": help})
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
